@@ -1,0 +1,53 @@
+# make demo    pre-train, adapt and prompt a model here and now     (the first command)
+# make test    the whole test suite                                 (the second command)
+# make lint    ruff and mypy          make clean   remove the virtual environment
+
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    ?= runs/demo
+JOBS   ?= 2
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+# With a GPU, PyTorch's default build. Without one, the CPU build: one at hand, else from PyTorch's own index.
+INSTALL_TORCH = if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
+	    $(PIP) install -q -c constraints.txt torch; \
+	else \
+	    $(PIP) install -q -c constraints.txt "torch==$(TORCH)+cpu" 2>/dev/null || \
+	    $(PIP) install -q -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null || \
+	    $(PIP) install -q -c constraints.txt torch; \
+	fi
+
+.PHONY: demo test lint clean
+
+demo: $(BIN)/.base
+	$(BIN)/python -m fmcore demo --run $(RUN) $(ARGS)
+
+test: $(BIN)/.test
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(BIN)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fmcore needs Python 3.11 or newer, got " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(BIN)/.base: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing fmcore into $(VENV) (once, some minutes)"
+	@$(INSTALL_TORCH)
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(BIN)/.test: $(BIN)/.base
+	$(PIP) install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(BIN)/.lint: $(BIN)/.base
+	$(PIP) install -q -c constraints.txt -e '.[lint]'
+	@touch $@

@@ -1,0 +1,46 @@
+"""Checks on arguments that say which operator, which argument, what was wanted and what came.
+
+They look at metadata only, never at a value, so they cost no synchronisation and trace under ``torch.compile``.
+"""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTS = (torch.int64, torch.int32)
+
+
+def shape(op: str, **args: tuple[Tensor, str]) -> dict[str, int]:
+    """``shape("rms_norm", x=(x, "... N"), w=(w, "N"))`` returns ``{"N": n}``.
+
+    A spec is a list of dimension names; the first may be ``...`` for any leading dimensions, and a name that is a number
+    must match it. The same name must have the same size everywhere, else ``ValueError``.
+    """
+    size: dict[str, int] = {}
+    for name, (t, spec) in args.items():
+        dims = spec.split()
+        lead = t.ndim - len(dims) + 1 if dims and dims[0] == "..." else 0
+        dims = dims[1:] if dims and dims[0] == "..." else dims
+        fits = lead >= 0 and t.ndim - lead == len(dims)
+        if not fits or any(n != (int(d) if d.isdigit() else size.setdefault(d, n)) for d, n in zip(dims, t.shape[lead:], strict=True)):
+            known = "".join(f", {d}={size[d]}" for d in dims if d in size)
+            raise ValueError(f"{op}: {name} must be ({spec.replace(' ', ', ')}){known}, got {tuple(t.shape)}")
+    return size
+
+
+def dtype(op: str, allowed: tuple[torch.dtype, ...] = FLOATS, **args: Tensor | None) -> None:
+    """Every given tensor has one of the ``allowed`` dtypes, else ``TypeError``. ``None`` is skipped."""
+    for name, t in args.items():
+        if t is not None and t.dtype not in allowed:
+            raise TypeError(f"{op}: {name} must be one of {[str(a)[6:] for a in allowed]}, got {str(t.dtype)[6:]}")
+
+
+def same(op: str, **args: Tensor | None) -> None:
+    """All given tensors share device and dtype with the first, else ``TypeError`` or ``ValueError``. ``None`` is skipped."""
+    given = [(name, t) for name, t in args.items() if t is not None]
+    first, x = given[0]
+    for name, t in given[1:]:
+        if t.device != x.device:
+            raise ValueError(f"{op}: {name} must be on the device of {first}, {x.device}, got {t.device}")
+        if t.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of {first}, {str(x.dtype)[6:]}, got {str(t.dtype)[6:]}")

@@ -1,0 +1,380 @@
+"""Text to token ids and back: bytes (no dependency) or byte-level BPE through Hugging Face `tokenizers` (an extra).
+
+    encode(text) -> ids (n,) uint16 when vocab_size <= 65536 else uint32          decode(encode(text)) == text
+
+Every tokenizer has one separator token, `end`, that stands between documents and for no text. `encode` never yields it:
+text that happens to spell a special token is encoded as ordinary text.
+"""
+import codecs
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmcore.errors import InputError
+
+SAVED_FORM = "fmcore_tokenizer.json"
+HF_FORM = "tokenizer.json"
+END = "<|end|>"
+USUAL_ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+
+# A word with the character in front of it (space, underscore, dot), up to three digits, a run of punctuation with its
+# line ends, blank lines, and indentation without the last space, which belongs to the word after it.
+SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+# A model may have more rows than its tokenizer has tokens, so sampling can yield an id that stands for nothing.
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer(ABC):
+    """What the rest of fmcore knows of a tokenizer.
+
+    `vocab_size` is the largest id + 1, `end` the id of the separator, `table` the bytes of each id when the tokenizer
+    is byte-level, else None.
+    """
+
+    vocab_size: int
+    end: int
+    table: tuple[bytes, ...] | None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest of uint16 and uint32 that holds every id."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Ids (n,) of `text`, without `end`. InputError when the text holds a lone surrogate (not valid Unicode)."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """The text of `ids`: `end` gives none, bytes that are no UTF-8 and ids out of range give U+FFFD."""
+
+    def stream(self) -> "StreamDecoder":
+        """A decoder that is fed ids as they are sampled."""
+        return StreamDecoder(self)
+
+    @abstractmethod
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int32: bytes of UTF-8 text each id stands for; 0 for `end`. Exact for byte-level tokenizers."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that decides the ids, the separator included."""
+
+    @abstractmethod
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write into `folder` what `load_tokenizer(folder)` reads; returns the path of the fmcore form."""
+
+
+class StreamDecoder:
+    """Text as it grows: bytes of an incomplete UTF-8 character are held back until the rest comes.
+
+    What `push` returned, joined, followed by `finish`, equals `tokenizer.decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._shown: list[int] = []
+        self._held: list[int] = []
+
+    def push(self, ids: int | Iterable[int] | np.ndarray) -> str:
+        """The text that became certain with `ids` (one id or several)."""
+        new = [int(ids)] if isinstance(ids, (int, np.integer)) else [int(i) for i in ids]
+        if self._tokenizer.table is not None:
+            return self._utf8.decode(_joined(self._tokenizer.table, new))
+        self._held += new
+        text = self._after_shown()
+        if not text or text.endswith(UNKNOWN):
+            return ""
+        self._shown, self._held = self._held, []
+        return text
+
+    def finish(self) -> str:
+        """What was still held back; the decoder is fresh afterwards."""
+        rest = self._utf8.decode(b"", final=True) if self._tokenizer.table is not None else self._after_shown()
+        self._utf8.reset()
+        self._shown, self._held = [], []
+        return rest
+
+    def _after_shown(self) -> str:
+        # Other decoders look at neighbours (is there a space before this word?), so what was shown last goes along.
+        return self._tokenizer.decode(self._shown + self._held)[len(self._tokenizer.decode(self._shown)):]
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are bytes of UTF-8, 256 is the separator. Needs nothing and fits any text."""
+
+    vocab_size = 257
+    end = 256
+    table = (*(bytes([i]) for i in range(256)), b"")
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(_utf8(text), np.uint8).astype(np.uint16)
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        return _joined(self.table, ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([1] * 256 + [0], np.int32)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(b"fmcore byte tokenizer: 256 bytes, end 256").hexdigest()
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        return _save_form(folder, {"kind": "byte", "fingerprint": self.fingerprint()})
+
+
+class BPETokenizer(Tokenizer):
+    """A Hugging Face tokenizer (`tokenizers.Tokenizer`), by default byte-level BPE trained here.
+
+    Texts of tokenizers that are not byte-level (SentencePiece style, WordPiece) may come back changed (spaces,
+    normal form); `token_bytes` is then the length of each token's own text, right up to such changes.
+    """
+
+    def __init__(self, hf: Any, end: str | None = None, name: str = "tokenizer"):
+        hf.no_truncation()
+        hf.no_padding()
+        self.hf = hf
+        self.name = name
+        self.vocab_size = max(hf.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.end_text = _find_end(hf, end, name)
+        self.end = hf.token_to_id(self.end_text)
+        # Some files hold the separator as an ordinary token; text must not be able to spell it there either.
+        hf.add_special_tokens([self.end_text])
+        hf.encode_special_tokens = True
+        self.table = self._table()
+        if self.end in hf.encode(self.end_text, add_special_tokens=False).ids:
+            raise InputError(f"{name}: the separator {self.end_text!r} must be a special token that text cannot spell, "
+                             f"got one that encode yields; name another with end=")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """Byte-level BPE with at most `vocab_size` ids (fewer when the texts have no more pairs); deterministic."""
+        if vocab_size < 257:
+            raise InputError(f"BPETokenizer.train: vocab_size must be at least 257 (256 bytes and {END}), got "
+                             f"{vocab_size}")
+        lib = _tokenizers()
+        hf = lib.Tokenizer(lib.models.BPE())
+        hf.pre_tokenizer = lib.pre_tokenizers.Sequence([
+            lib.pre_tokenizers.Split(lib.Regex(SPLIT), "isolated"),
+            lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        hf.decoder = lib.decoders.ByteLevel()
+        alphabet = lib.pre_tokenizers.ByteLevel.alphabet()
+        trainer = lib.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet,
+                                          show_progress=False)
+        hf.train_from_iterator((text for text in texts if _utf8(text)), trainer)
+        return cls(hf, END)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], end: str | None = None) -> "BPETokenizer":
+        """Any `tokenizer.json`; `end` names its separator, otherwise the usual names are looked for."""
+        return cls._from_json(_read_json(Path(path)), end, str(path))
+
+    @classmethod
+    def _from_json(cls, definition: dict[str, Any], end: str | None, name: str) -> "BPETokenizer":
+        lib = _tokenizers()
+        # `tokenizers` raises bare Exception for a definition it does not take.
+        try:
+            return cls(lib.Tokenizer.from_str(json.dumps(definition)), end, name)
+        except InputError:
+            raise
+        except Exception as e:
+            raise InputError(f"{name}: wanted a Hugging Face tokenizer.json, got one that cannot be loaded: "
+                             f"{_line(e)}") from e
+
+    def _table(self) -> tuple[bytes, ...] | None:
+        decoder = json.loads(self.hf.to_str()).get("decoder") or {}
+        stages = {stage.get("type") for stage in (decoder, *decoder.get("decoders", ()))}
+        vocab = self.hf.get_vocab(with_added_tokens=True)
+        if "ByteLevel" not in stages or not all(char in vocab for char in _BYTE_OF):
+            return None
+        added = self.hf.get_added_tokens_decoder()
+        table = [b""] * self.vocab_size
+        for token, i in vocab.items():
+            spelled = i not in added and all(char in _BYTE_OF for char in token)
+            table[i] = bytes(_BYTE_OF[char] for char in token) if spelled else token.encode("utf-8", "replace")
+        table[self.end] = b""
+        return tuple(table)
+
+    def encode(self, text: str) -> np.ndarray:
+        _utf8(text)
+        return np.array(self.hf.encode(text, add_special_tokens=False).ids, self.dtype)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, on all cores."""
+        for text in texts:
+            _utf8(text)
+        encoded = self.hf.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(e.ids, self.dtype) for e in encoded]
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        if self.table is not None:
+            return _joined(self.table, ids).decode("utf-8", errors="replace")
+        text, run = [], []
+        # The library drops ids it does not know; here they show, as they do in the byte-level case.
+        for i in (int(i) for i in ids):
+            if 0 <= i < self.vocab_size:
+                run += [i] if i != self.end else []
+            else:
+                text += [self.hf.decode(run, skip_special_tokens=False), UNKNOWN]
+                run = []
+        return "".join([*text, self.hf.decode(run, skip_special_tokens=False)])
+
+    def token_bytes(self) -> np.ndarray:
+        if self.table is not None:
+            return np.array([len(b) for b in self.table], np.int32)
+        sizes = np.zeros(self.vocab_size, np.int32)
+        for token, i in self.hf.get_vocab(with_added_tokens=True).items():
+            fallback = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+            text = token.removeprefix("##").replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+            sizes[i] = 1 if fallback else len(text.encode("utf-8", "replace"))
+        sizes[self.end] = 0
+        return sizes
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        definition = json.loads(self.hf.to_str())
+        model = definition["model"]
+        # Older versions of the library write a merge as "a b", newer ones as ["a", "b"].
+        if "merges" in model:
+            model["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
+        parts = {key: definition.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+        canonical = json.dumps([_without_defaults(parts), self.end], sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        write_text(Path(folder) / HF_FORM, self.hf.to_str(pretty=True))
+        return _save_form(folder, {"kind": "bpe", "end": self.end_text, "fingerprint": self.fingerprint()})
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str], end: str | None = None) -> Tokenizer:
+    """"byte", a `tokenizer.json`, or a folder that holds what `save` wrote or a `tokenizer.json`.
+
+    Raises InputError when there is none, or when it is not the one that was saved.
+    """
+    if name_or_path == "byte":
+        return ByteTokenizer()
+    path = Path(name_or_path)
+    if path.is_dir():
+        found = [path / name for name in (SAVED_FORM, HF_FORM) if (path / name).is_file()]
+        if not found:
+            raise InputError(f"{path}: wanted a folder with {SAVED_FORM} or {HF_FORM}, got neither in it")
+        path = found[0]
+    definition = _read_json(path)
+    if definition.get("format") != "fmcore-tokenizer":
+        return BPETokenizer._from_json(definition, end, str(path))
+    if definition.get("kind") == "byte":
+        tokenizer: Tokenizer = ByteTokenizer()
+    elif definition.get("kind") == "bpe":
+        saved_end = definition.get("end")
+        if not isinstance(saved_end, str):
+            raise InputError(f"{path}: end must be a string, got {saved_end!r}")
+        tokenizer = BPETokenizer.load(path.parent / HF_FORM, end or saved_end)
+    else:
+        raise InputError(f"{path}: kind must be 'byte' or 'bpe', got {definition.get('kind')!r}")
+    if end is None and definition.get("fingerprint") != tokenizer.fingerprint():
+        saved = str(definition.get("fingerprint"))[:12]
+        raise InputError(f"{path}: wanted the tokenizer with fingerprint {saved}, got "
+                         f"{tokenizer.fingerprint()[:12]}: {HF_FORM} beside it has changed since it was saved")
+    return tokenizer
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in byte-level vocabularies: itself where it is printable
+    Latin-1, otherwise the next free one from U+0100 on. Source: Radford et al. 2019 (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _joined(table: Sequence[bytes], ids: Iterable[int] | np.ndarray) -> bytes:
+    numbers = ids.tolist() if isinstance(ids, np.ndarray) else ids
+    return b"".join(table[i] if 0 <= i < len(table) else UNKNOWN.encode() for i in numbers)
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise InputError(f"text must be valid Unicode, got the lone surrogate {text[e.start]!r} at character "
+                         f"{e.start}") from None
+
+
+def _find_end(hf: Any, end: str | None, name: str) -> str:
+    wanted = USUAL_ENDS if end is None else (end,)
+    for token in wanted:
+        if hf.token_to_id(token) is not None:
+            return token
+    names = " or ".join(repr(token) for token in wanted)
+    raise InputError(f"{name}: wanted the separator token {names}, got a vocabulary without it; name one with end=")
+
+
+def _without_defaults(value: Any) -> Any:
+    """Fields that are null, false or empty left out: library versions differ in which of them they write."""
+    if isinstance(value, dict):
+        return {key: _without_defaults(v) for key, v in value.items() if v is not None and v is not False and v != ""}
+    return [_without_defaults(v) for v in value] if isinstance(value, list) else value
+
+
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise InputError("a BPE tokenizer needs the package 'tokenizers', got none installed; "
+                         "pip install tokenizers, or take the tokenizer 'byte'") from None
+    return tokenizers
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as e:
+        raise InputError(f"{path}: wanted a tokenizer ('byte', a {HF_FORM} or a folder with one), got "
+                         f"{e.strerror or e}") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: wanted a tokenizer as JSON, got {_line(e)}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: wanted a tokenizer as a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def _save_form(folder: str | os.PathLike[str], fields: dict[str, str]) -> Path:
+    path = Path(folder) / SAVED_FORM
+    write_text(path, json.dumps({"format": "fmcore-tokenizer", "version": 1, **fields}, indent=1) + "\n")
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written beside and renamed, so that a full disk leaves the old file. Raises InputError when it cannot be."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as e:
+        with suppress(OSError):
+            beside.unlink()
+        raise InputError(f"{path}: could not be written: {e.strerror or e}") from e
+
+
+def _line(e: BaseException) -> str:
+    return " ".join(str(e).split())[:200]

@@ -1,0 +1,259 @@
+"""A decoder-only transformer: GPT-2, Llama 3, Qwen 3 and Mistral from one Config.
+
+    x = embed(tokens) [+ pos(positions)]
+    x = x + out(attention(rope(qkv(norm1(x)))))          rows of qkv: [q | k | v], H, G and G heads of size D
+    x = x + down(activation(up(norm2(x))))               rows of up for SwiGLU: [gate | up]
+    logits = head(norm(x))
+
+Tokens come packed: rows of (B, T), and inside a row documents that do not see each other, told by ``cu_seqlens``.
+Activations are (M, C) with M = B * T from the first line to the last.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from fmcore import ops
+from fmcore.errors import InputError
+from fmcore.kernels.rope import RopeScaling, rope_tables
+from fmcore.nn import GELU, LayerNorm, RMSNorm, SwiGLU
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a decoder is. Sizes are counts of elements; the defaults make a Llama-like block."""
+
+    vocab_size: int
+    layers: int
+    width: int  # C
+    heads: int  # H
+    ffn: int  # F
+    context: int  # longest sequence, in tokens
+    kv_heads: int | None = None  # G; None: as many as heads
+    head_dim: int | None = None  # D; None: width / heads
+    norm: str = "rms"  # rms | layer
+    norm_eps: float = 1e-6
+    activation: str = "swiglu"  # swiglu | gelu_tanh | gelu
+    positions: str = "rope"  # rope | learned
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = False  # RMSNorm on each head of q and k
+    window: int | None = None  # sliding window, in tokens
+    bias: bool = False  # on every linear layer but the head
+    tied: bool = False  # head = embedding
+    init_std: float = 0.02  # of matrices; those that write to the residual stream get 1 / sqrt(2 layers) of it
+
+    def __post_init__(self):
+        for name, allowed in (("norm", ("rms", "layer")), ("activation", ("swiglu", "gelu_tanh", "gelu")),
+                              ("positions", ("rope", "learned"))):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"config: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("int", "int | None", int, int | None) and value is not None:
+                if not isinstance(value, int) or value < 1:
+                    raise InputError(f"config: {field.name} must be a positive integer, got {value!r}")
+        if self.head_dim is None and self.width % self.heads:
+            raise InputError(f"config: width must be a multiple of heads={self.heads}, got {self.width}")
+        if self.heads % self.G:
+            raise InputError(f"config: heads must be a multiple of kv_heads={self.G}, got {self.heads}")
+        if self.positions == "rope" and self.D % 2:
+            raise InputError(f"config: head_dim must be even for rope, got {self.D}")
+
+    @property
+    def G(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def D(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+
+def _gpt2(layers: int, width: int, heads: int) -> Config:
+    return Config(vocab_size=50257, layers=layers, width=width, heads=heads, ffn=4 * width, context=1024, norm="layer",
+                  norm_eps=1e-5, activation="gelu_tanh", positions="learned", bias=True, tied=True)
+
+
+def _llama3(layers: int, width: int, heads: int, ffn: int, factor: float, tied: bool) -> Config:
+    return Config(vocab_size=128256, layers=layers, width=width, heads=heads, kv_heads=8, ffn=ffn, context=131072,
+                  norm_eps=1e-5, rope_theta=500000.0, tied=tied,
+                  rope_scaling=RopeScaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
+                                           original_max_position_embeddings=8192))
+
+
+PRESETS: dict[str, Config] = {
+    "demo": Config(vocab_size=257, layers=4, width=192, heads=6, ffn=512, context=256, tied=True),
+    "demo-gpu": Config(vocab_size=4096, layers=8, width=512, heads=8, ffn=1408, context=512, tied=True),
+    "gpt2-124m": _gpt2(12, 768, 12),
+    "gpt2-350m": _gpt2(24, 1024, 16),
+    "gpt2-1.5b": _gpt2(48, 1600, 25),
+    "llama-3.2-1b": _llama3(16, 2048, 32, 8192, 32.0, tied=True),
+    "llama-3.1-8b": _llama3(32, 4096, 32, 14336, 8.0, tied=False),
+    "qwen3-0.6b": Config(vocab_size=151936, layers=28, width=1024, heads=16, kv_heads=8, head_dim=128, ffn=3072,
+                         context=40960, rope_theta=1000000.0, qk_norm=True, tied=True),
+}
+
+
+class Cache:
+    """Keys and values of what each sequence has read so far, room for ``size`` tokens in each of B sequences."""
+
+    def __init__(self, config: Config, B: int, size: int, device: torch.device | str, dtype: torch.dtype):
+        shape = (config.layers, B, size, config.G, config.D)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.size = size
+        self.lens = torch.zeros(B, dtype=torch.int64, device=device)
+        self.longest = 0  # no sequence is longer: a number of the host, so that slicing needs no synchronisation
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Put k, v (B, T, G, D) behind what is there; all keys and values up to the longest, and how many count."""
+        B, T = k.shape[:2]
+        if not self.longest:
+            self.k[layer, :, :T], self.v[layer, :, :T] = k, v
+            return k, v, None
+        rows = torch.arange(B, device=k.device)[:, None]
+        at = self.lens[:, None] + torch.arange(T, device=k.device)  # (B, T)
+        self.k[layer, rows, at], self.v[layer, rows, at] = k, v
+        end = self.longest + T
+        return self.k[layer, :, :end], self.v[layer, :, :end], self.lens + T
+
+    def advance(self, T: int) -> None:
+        self.lens += T
+        self.longest += T
+
+
+class Block(nn.Module):
+    """One layer: attention, then the feed-forward network, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        C, D, H, G, F = config.width, config.D, config.heads, config.G, config.ffn
+        self.config, self.index = config, index
+        norm = RMSNorm if config.norm == "rms" else LayerNorm
+        self.norm1, self.norm2 = norm(C, config.norm_eps), norm(C, config.norm_eps)
+        self.qkv = nn.Linear(C, (H + 2 * G) * D, bias=config.bias)
+        self.out = nn.Linear(H * D, C, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
+        self.up = nn.Linear(C, 2 * F if config.activation == "swiglu" else F, bias=config.bias)
+        self.activation = (SwiGLU() if config.activation == "swiglu" else
+                           GELU("tanh" if config.activation == "gelu_tanh" else "none"))
+        self.down = nn.Linear(F, C, bias=config.bias)
+
+    def forward(self, x: Tensor, B: int, angles: tuple[Tensor, Tensor] | None, positions: Tensor,
+                cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
+        x = x + self.attend(self.norm1(x), B, angles, positions, cu_seqlens, cache)
+        return x + self.down(self.activation(self.up(self.norm2(x))))
+
+    def attend(self, x: Tensor, B: int, angles: tuple[Tensor, Tensor] | None, positions: Tensor,
+               cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
+        H, G, D = self.config.heads, self.config.G, self.config.D
+        q, k, v = self.qkv(x).unflatten(-1, (H + 2 * G, D)).split((H, G, G), dim=1)  # (M, H, D), (M, G, D), (M, G, D)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if angles is not None:
+            q, k = ops.rope(q, k, *angles, positions)
+        if cu_seqlens is not None:
+            return self.out(ops.attention(q, k, v, window=self.config.window, cu_seqlens=cu_seqlens).flatten(1))
+        q, k, v = (t.unflatten(0, (B, -1)) for t in (q, k, v))  # (B, T, ., D)
+        k, v, lens = cache.write(self.index, k, v) if cache is not None else (k, v, None)
+        return self.out(ops.attention(q, k, v, window=self.config.window, kv_lens=lens).flatten(2).flatten(0, 1))
+
+
+class Decoder(nn.Module):
+    """The model of a Config, with fresh weights.
+
+    ``embed`` (V, C), ``pos`` (context, C) when positions are learned, ``layers``, ``norm``, ``head`` (V, C) unless tied.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        C = config.width
+        self.embed = nn.Embedding(config.vocab_size, C)
+        if config.positions == "learned":
+            self.pos = nn.Embedding(config.context, C)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = (RMSNorm if config.norm == "rms" else LayerNorm)(C, config.norm_eps)
+        if not config.tied:
+            self.head = nn.Linear(C, config.vocab_size, bias=False)
+        self._angles: dict[torch.device, tuple[int, tuple[Tensor, Tensor]]] = {}
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal matrices of ``init_std``, smaller where they write to the residual stream; zero biases; unit norms."""
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                residual = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=self.config.init_std * ((2 * self.config.layers) ** -0.5 if residual else 1.0))
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+            else:
+                nn.init.ones_(p)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.embed.weight if self.config.tied else self.head.weight
+
+    def angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """cos and sin for positions below ``length`` at least; made once, larger when asked for more."""
+        if self.config.positions != "rope":
+            return None
+        have, tables = self._angles.get(device, (0, None))
+        if have < length:
+            have = min(self.config.context, max(length, 2 * have))
+            # Tables made in inference mode could never be saved for a backward pass afterwards.
+            with torch.inference_mode(False):
+                tables = rope_tables(have, self.config.D, self.config.rope_theta, self.config.rope_scaling, device)
+            self._angles[device] = have, tables
+        return tables
+
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
+               cache: Cache | None = None) -> Tensor:
+        """Tokens (B, T) to the normed last states (B, T, C).
+
+        Args:
+            positions: (B, T) position of each token in its document; by default 0..T-1, or after what the cache holds.
+            cu_seqlens: (S+1,) int32 on the CPU, where documents start in the B * T tokens; every row starts one.
+            cache: read and extended; then ``cu_seqlens`` must be None.
+
+        Raises ValueError when tokens are longer than the context or than the cache has room for.
+        """
+        B, T = tokens.shape
+        length = T + (cache.longest if cache is not None else 0)
+        if length > self.config.context:
+            raise ValueError(f"decoder: tokens must be at most context={self.config.context} long, got {length}")
+        if cache is not None and length > cache.size:
+            raise ValueError(f"decoder: cache must have room for {length} tokens, got {cache.size}")
+        if cache is not None and cu_seqlens is not None:
+            raise ValueError("decoder: cu_seqlens must be None with a cache, got both")
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
+            positions = positions if cache is None else positions + cache.lens[:, None]
+        positions = positions.reshape(-1)
+        x = self.embed(tokens.reshape(-1))  # (M, C)
+        if self.config.positions == "learned":
+            x = x + self.pos(positions)
+        angles = self.angles(length, tokens.device)
+        for layer in self.layers:
+            x = layer(x, B, angles, positions, cu_seqlens, cache)
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x).unflatten(0, (B, T))
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
+        """Logits (B, T, V); arguments as for ``hidden``."""
+        return nn.functional.linear(self.hidden(tokens, positions, cu_seqlens, cache), self.head_weight)
+
+    def loss(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
+             reduction: str = "mean") -> Tensor:
+        """Cross-entropy in nats of targets (B, T), -100 where there is none; the logits never exist as a whole."""
+        h = self.hidden(tokens, positions, cu_seqlens).flatten(0, 1)
+        return ops.linear_cross_entropy(h, self.head_weight, targets.reshape(-1), reduction=reduction)
+
+    def linears(self) -> Iterator[tuple[str, nn.Linear]]:
+        """Name and module of every linear layer inside the blocks, as adapters address them."""
+        return ((name, m) for name, m in self.named_modules() if isinstance(m, nn.Linear) and name.startswith("layers."))

@@ -1,0 +1,87 @@
+"""One operator, many bodies: a thin layer over ``torch.library``.
+
+The dispatcher sees one opaque ``fmcore::name`` for each direction of an operator, so ``torch.compile``, FakeTensor,
+activation checkpointing, FLOP counters and the profiler see it too. Which body runs is decided inside, when it runs.
+``FMCORE_BODY=rms_norm_fwd=triton,*=eager`` or ``with use("triton")`` names a body; otherwise the last one whose
+``accepts`` says yes is taken. A CPU tensor takes the plain PyTorch path unless the operator has a body named ``cpu``.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+OPS: dict[str, "Op"] = {}
+
+_lib = torch.library.Library("fmcore", "DEF")
+
+
+def _from_env(text: str) -> dict[str, str]:
+    pairs = [pair.split("=") for pair in text.split(",") if pair]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"FMCORE_BODY must read op=body,op=body (op may be *), got {text!r}")
+    return dict(pairs)
+
+
+# Operator name (or "*" for all) -> body. A plain global: backward runs on autograd's own thread and must see it.
+_forced: dict[str, str] = _from_env(os.environ.get("FMCORE_BODY", ""))
+
+
+class Op:
+    """A dispatcher operator: its schema, what it returns (``fake``), and its bodies, the best one last."""
+
+    def __init__(self, schema: str, fake: Callable[..., Any]):
+        self.name = schema.partition("(")[0]
+        self.bodies: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {}
+        _lib.define(schema)
+        _lib.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fmcore::{self.name}", fake, lib=_lib)
+        self._overload = getattr(torch.ops.fmcore, self.name).default
+        OPS[self.name] = self
+
+    def body(self, name: str, accepts: Callable[..., bool] = lambda *args: True) -> Callable:
+        """Decorator: the function below computes this operator whenever ``accepts(*args)``."""
+
+        def register(fn: Callable) -> Callable:
+            self.bodies[name] = (fn, accepts)
+            return fn
+
+        return register
+
+    def eager(self, x: torch.Tensor) -> bool:
+        """Should the caller take its plain PyTorch path: asked for by name, or no GPU and no body for a CPU?"""
+        forced = self._choice()
+        return forced == "eager" or (forced is None and not x.is_cuda and "cpu" not in self.bodies)
+
+    def _choice(self) -> str | None:
+        named = _forced.get(self.name)
+        if named and named != "eager" and named not in self.bodies:
+            raise ValueError(f"fmcore::{self.name} has no body {named!r}, only {['eager', *self.bodies]}")
+        everywhere = _forced.get("*")
+        return named or (everywhere if everywhere == "eager" or everywhere in self.bodies else None)
+
+    def _run(self, *args: Any) -> Any:
+        if (forced := self._choice()) in self.bodies:
+            return self.bodies[forced][0](*args)
+        for fn, accepts in reversed(self.bodies.values()):
+            if accepts(*args):
+                return fn(*args)
+        got = ", ".join(f"{a.dtype}{tuple(a.shape)}" if isinstance(a, torch.Tensor) else repr(a) for a in args)
+        raise NotImplementedError(f"fmcore::{self.name}: none of {list(self.bodies)} takes ({got})")
+
+    def __call__(self, *args: Any) -> Any:
+        return self._overload(*args)
+
+
+@contextmanager
+def use(body: str, op: str = "*") -> Iterator[None]:
+    """Run ``body`` of ``op`` inside the block, so that tests and benchmarks name what they measure."""
+    before = _forced.copy()
+    _forced[op] = body
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)

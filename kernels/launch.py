@@ -1,0 +1,61 @@
+"""Launch numbers shared by the row-wise operators: rows per program, block, warps, programs.
+
+They are formulas and not an autotuner's choice, so that every rank launches the same code and a rerun gives the same
+bits. What a formula rests on stands beside it; numbers without a measurement say so.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+
+# Stands in for the multiprocessor count where there is no GPU (the interpreter); small, so that tests run several
+# tiles in one program. 132 of an H100 would give each program one tile and leave the loop untested.
+SMS_WITHOUT_GPU = 4
+
+# Elements of a tile that one thread holds: two 128-bit loads of a 16-bit dtype, four of fp32.
+ELEMENTS_PER_THREAD = 16
+
+# Smallest tile: 4 warps, so that a program of narrow rows is not all prologue.
+SMALLEST_TILE = 2048
+
+
+@lru_cache(maxsize=None)
+def _sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors of ``device``; a constant where it is no CUDA device."""
+    return _sms(device) if device.type == "cuda" else SMS_WITHOUT_GPU
+
+
+def row_tile(N: int, widest: int) -> tuple[int, int, int]:
+    """(ROWS, BLOCK_N, num_warps) for rows of ``N`` elements held whole, or in blocks of ``widest`` when ``N`` exceeds it.
+
+    Depends on ``N`` alone: a formula that looked at the number of rows would compile anew for each batch size.
+    """
+    block_n = min(triton.next_power_of_2(N), widest)
+    rows = max(1, SMALLEST_TILE // block_n)
+    return rows, block_n, min(32, max(4, rows * block_n // (32 * ELEMENTS_PER_THREAD)))
+
+
+def persistent(tiles: int, device: torch.device, num_warps: int) -> tuple[int, int]:
+    """(programs, tiles for each) when a program keeps a running sum over its tiles.
+
+    32 warps a multiprocessor: with 16 elements a thread, 32 KiB or more are in flight on each, what 4.8 TB/s times 1 us
+    of latency asks of each of 132 (Little's law; derived, not measured). More programs would only add partial sums.
+    """
+    most = sm_count(device) * max(1, 32 // num_warps)
+    each = triton.cdiv(tiles, most)
+    return triton.cdiv(tiles, max(1, each)), each
+
+
+def element_tile(N: int) -> tuple[int, int, int]:
+    """(ROWS, BLOCK_N, num_warps) for elementwise work on rows of ``N`` elements, of which no row needs to be held whole.
+
+    The widest power of two that divides ``N`` wastes no lane; 64 columns of a 16-bit dtype still fill a line of 128
+    bytes, and more than 1024 gain nothing.
+    """
+    block_n = min(1024, max(64, N & -N))
+    return SMALLEST_TILE // block_n, block_n, SMALLEST_TILE // (32 * ELEMENTS_PER_THREAD)

@@ -1,0 +1,124 @@
+"""Cross-entropy of a linear head: the loss of a language model without its logits.
+
+    z = h w^T + b      loss_i = logsumexp(z_i) - z_i[target_i]      h (M, C)   w (V, C)   b (V,)   z (M, V), never whole
+
+    dz_i = softmax(z_i) - onehot(target_i)        dh = dz w        dw = dz^T h        db = sum_i dz_i
+
+Rows go through in chunks: one product gives the logits of a chunk, they turn into dz in place, two products give dh and
+dw, and the chunk is dropped, so at most CHUNK logits exist at a time, in the forward pass alone (a scalar loss only
+scales dz afterwards). With ``reduction="none"`` the upstream gradient differs from row to row, so only logsumexp is kept
+and the backward pass forms the logits again. Ignored rows give loss 0 and gradient 0. A frozen head costs 2 products
+and no dw; without gradients there is 1. Softmax and sums in fp32, in fp64 for fp64 input.
+Source: Wijmans et al. 2024, arXiv:2411.09009 (never materialise the logits); Hsu et al. 2024, arXiv:2410.10989 (chunks).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fmcore import check
+
+# Logits of one chunk, in elements: 128 MB in fp32, 261 rows of a Llama vocabulary. Larger chunks only cost memory.
+CHUNK = 2**25
+
+
+def linear_cross_entropy_ref(h: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None = None, ignore_index: int = -100,
+                             reduction: str = "mean") -> Tensor:
+    z = F.linear(h, w, bias).to(torch.promote_types(h.dtype, torch.float32))
+    return F.cross_entropy(z, targets, ignore_index=ignore_index, reduction=reduction)
+
+
+def _logits(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(h, w, bias).to(torch.promote_types(h.dtype, torch.float32))
+
+
+def _to_dz(z: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """Logits become their gradient, in place."""
+    ignored = targets == ignore_index
+    dz = z.sub_(lse[:, None]).exp_()
+    dz.scatter_add_(1, targets.masked_fill(ignored, 0)[:, None], dz.new_full((len(dz), 1), -1.0))
+    return dz.masked_fill_(ignored[:, None], 0.0)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Row losses (M,) when ``rows``; else their sum, with the gradients of that sum already formed on the way."""
+
+    @staticmethod
+    def forward(ctx, h, w, bias, targets, ignore_index, rows, needs):
+        step = max(1, CHUNK // w.shape[0])
+        need_h, need_w, need_b = needs
+        acc = torch.promote_types(h.dtype, torch.float32)
+        loss, lse = (torch.empty(len(h), dtype=acc, device=h.device) for _ in range(2))
+        dh = torch.empty_like(h) if need_h and not rows else None
+        dw = torch.zeros_like(w, dtype=acc) if need_w and not rows else None
+        db = torch.zeros_like(w[:, 0], dtype=acc) if need_b and not rows else None
+        for i in range(0, len(h), step):
+            part = slice(i, i + step)
+            z = _logits(h[part], w, bias)  # (m, V)
+            lse[part] = torch.logsumexp(z, dim=1)
+            ignored = targets[part] == ignore_index
+            hit = z.gather(1, targets[part].masked_fill(ignored, 0)[:, None])[:, 0]
+            loss[part] = (lse[part] - hit).masked_fill(ignored, 0.0)
+            if not rows and any(needs):
+                dz = _to_dz(z, lse[part], targets[part], ignore_index).to(h.dtype)
+                if dh is not None:
+                    dh[part] = dz @ w
+                if dw is not None:
+                    dw += dz.T @ h[part]
+                if db is not None:
+                    db += dz.sum(0, dtype=acc)
+        ctx.options = ignore_index, rows, step, needs
+        if rows:
+            ctx.save_for_backward(h, w, bias, targets, lse)
+            return loss
+        ctx.save_for_backward(dh, dw, db)
+        ctx.dtypes = w.dtype, None if bias is None else bias.dtype
+        return loss.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        ignore_index, rows, step, (need_h, need_w, need_b) = ctx.options
+        if not rows:
+            dh, dw, db = ctx.saved_tensors
+            dh = dh * g.to(dh.dtype) if need_h else None
+            dw = (dw * g).to(ctx.dtypes[0]) if need_w else None
+            db = (db * g).to(ctx.dtypes[1]) if need_b else None
+            return dh, dw, db, None, None, None, None
+        h, w, bias, targets, lse = ctx.saved_tensors
+        dh = torch.empty_like(h) if need_h else None
+        dw = torch.zeros_like(w, dtype=lse.dtype) if need_w else None
+        db = torch.zeros_like(w[:, 0], dtype=lse.dtype) if need_b else None
+        for i in range(0, len(h), step):
+            part = slice(i, i + step)
+            dz = _to_dz(_logits(h[part], w, bias), lse[part], targets[part], ignore_index)
+            dz = dz.mul_(g[part, None]).to(h.dtype)
+            if need_h:
+                dh[part] = dz @ w
+            if need_w:
+                dw += dz.T @ h[part]
+            if need_b:
+                db += dz.sum(0, dtype=lse.dtype)
+        return (dh, dw.to(w.dtype) if need_w else None, db.to(bias.dtype) if need_b else None, None, None, None, None)
+
+
+def linear_cross_entropy(h: Tensor, w: Tensor, targets: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100,
+                         reduction: str = "mean") -> Tensor:
+    """``cross_entropy(h @ w.T + bias, targets)`` without the logits; h (M, C), w (V, C), targets (M,), bias (V,).
+
+    ``reduction`` is "mean" over the rows that are not ignored (nan when all are, as in PyTorch), "sum", or "none" for
+    the (M,) row losses. The loss is fp32 (fp64 for fp64 input). Raises ValueError for shapes and an unknown reduction,
+    TypeError for dtypes. A target outside [0, V) that is not ``ignore_index`` is an index error of PyTorch's gather.
+    """
+    check.shape("linear_cross_entropy", h=(h, "M C"), w=(w, "V C"), targets=(targets, "M"))
+    check.same("linear_cross_entropy", h=h, w=w, bias=bias)
+    check.dtype("linear_cross_entropy", h=h)
+    check.dtype("linear_cross_entropy", check.INTS, targets=targets)
+    if bias is not None:
+        check.shape("linear_cross_entropy", w=(w, "V C"), bias=(bias, "V"))
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"linear_cross_entropy: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    train = torch.is_grad_enabled()
+    needs = tuple(train and t is not None and t.requires_grad for t in (h, w, bias))
+    loss = LinearCrossEntropy.apply(h, w, bias, targets.long(), ignore_index, reduction == "none", needs)
+    return loss / (targets != ignore_index).sum() if reduction == "mean" else loss

@@ -1,0 +1,5 @@
+"""Everything about the package stands in pyproject.toml; the CUDA bodies in csrc/ travel as sources."""
+
+from setuptools import setup
+
+setup()

@@ -1,0 +1,130 @@
+"""Attention: every path of the public function against the formula in fp64, gradients included."""
+
+import pytest
+import torch
+
+from fmcore.kernels.attention import attention, attention_ref
+
+# (B, Tq, Tk, H, G, D, Dv): grouped and single kv heads, more keys than queries, one token, odd sizes.
+SHAPES = [(2, 7, 7, 4, 4, 8, 8), (1, 5, 5, 6, 2, 4, 4), (3, 1, 9, 4, 1, 8, 8), (2, 3, 8, 2, 2, 6, 5),
+          (1, 1, 1, 1, 1, 2, 2)]
+
+
+def made(B, Tq, Tk, H, G, D, Dv, dtype=torch.float64):
+    return [torch.randn(B, T, heads, size, dtype=torch.float64).to(dtype).requires_grad_()
+            for T, heads, size in ((Tq, H, D), (Tk, G, D), (Tk, G, Dv))]
+
+
+def same(got, want, inputs, atol=1e-12):
+    torch.testing.assert_close(got, want, rtol=0, atol=atol)
+    g = torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, inputs, g), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_formula(shape, causal, window):
+    q, k, v = made(*shape)
+    options = {"causal": causal, "window": window, "scale": 0.3}
+    same(attention(q, k, v, **options), attention_ref(q, k, v, **options), (q, k, v))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_formula_by_hand(causal):
+    """``attention_ref`` itself, one query and head at a time."""
+    q, k, v = (t.detach() for t in made(1, 3, 5, 2, 1, 4, 4))
+    o = attention_ref(q, k, v, causal=causal, window=2)
+    for i in range(3):
+        for h in range(2):
+            p = 5 - 3 + i
+            keys = [j for j in range(5) if (p - 2 < j <= p if causal else abs(j - p) < 2)]
+            weights = torch.stack([q[0, i, h] @ k[0, j, 0] / 2 for j in keys]).softmax(0)
+            torch.testing.assert_close(o[0, i, h], sum(w * v[0, j, 0] for w, j in zip(weights, keys, strict=True)))
+
+
+@pytest.mark.parametrize("causal, window", [(True, None), (True, 2), (False, None), (False, 3)])
+def test_filled_keys(causal, window):
+    """With kv_lens each sequence sees its own filled keys, whatever stands behind them."""
+    q, k, v = made(4, 2, 9, 4, 2, 8, 8)
+    lens = torch.tensor([9, 2, 5, 3])
+    got = attention(q, k, v, causal=causal, window=window, kv_lens=lens)
+    same(got, attention_ref(q, k, v, causal, window, kv_lens=lens), (q, k, v))
+    for i, n in enumerate(lens.tolist()):
+        alone = attention(q[i : i + 1], k[i : i + 1, :n], v[i : i + 1, :n], causal=causal, window=window)
+        torch.testing.assert_close(got[i : i + 1], alone)
+
+
+def test_a_query_that_sees_nothing_gives_zero():
+    q, k, v = made(2, 4, 3, 2, 1, 4, 4)
+    lens = torch.tensor([0, 3])
+    o = attention(q, k, v, kv_lens=lens)
+    # The first sequence has no key at all; in the second, the first query stands before every key.
+    assert (o[0] == 0).all() and (o[1, 0] == 0).all() and (o[1, 1:] != 0).all()
+    same(o, attention_ref(q, k, v, kv_lens=lens), (q, k, v))
+    dq, dk, dv = torch.autograd.grad(attention(q, k, v, kv_lens=lens).sum(), (q, k, v))
+    assert (dq[0] == 0).all() and (dk[0] == 0).all() and (dv[0] == 0).all() and dv[1].abs().min() > 0
+
+
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (5, 0, 1, 5, 0, 3), (0, 7), (9, 0), (1, 1, 2), (6,), (0, 0)])
+@pytest.mark.parametrize("causal, window", [(True, None), (True, 3), (False, None)])
+def test_packed_documents_are_alone(lengths, causal, window):
+    M = sum(lengths)
+    q, k, v = (t[0] for t in made(1, M, M, 4, 2, 8, 6))
+    cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32)
+    got = attention(q, k, v, causal=causal, window=window, cu_seqlens=cu_seqlens)
+    assert got.shape == (M, 4, 6)
+    if M:
+        parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        want = [attention_ref(*(t[None] for t in part), causal, window)[0] for part in parts if len(part[0])]
+        same(got, torch.cat(want), (q, k, v))
+
+
+@pytest.mark.parametrize("dtype, eps", [(torch.float32, 2**-23), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
+def test_low_precision_errs_no_more_than_the_formula(dtype, eps):
+    q, k, v = (t.detach() for t in made(2, 33, 33, 4, 2, 16, 16, dtype))
+    truth = attention_ref(q.double(), k.double(), v.double())
+    got, eager = attention(q, k, v), attention_ref(q, k, v)
+    assert got.dtype == dtype
+    assert (got - truth).abs().max() <= 2 * (eager - truth).abs().max() + eps * truth.abs().max()
+
+
+def test_strided_views_of_a_fused_projection():
+    x = torch.randn(6, 4 + 2 + 2, 8, dtype=torch.float64, requires_grad=True)
+    q, k, v = x.split((4, 2, 2), dim=1)
+    cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)
+    want = attention(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens=cu_seqlens)
+    same(attention(q, k, v, cu_seqlens=cu_seqlens), want, (x,))
+
+
+def test_gradcheck():
+    q, k, v = made(1, 2, 2, 2, 1, 2, 2)
+    assert torch.autograd.gradcheck(attention, (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, kv_lens=torch.tensor([1])), (q, k, v))
+
+
+@pytest.mark.parametrize("change, error, message", [
+    ({"q": (2, 3, 5, 8)}, ValueError, "attention: H must be a multiple of G, got H=5, G=2"),
+    ({"k": (2, 4, 2, 7)}, ValueError, r"attention: k must be \(B, Tk, G, D\).*D=8, got \(2, 4, 2, 7\)"),
+    ({"v": (2, 5, 2, 8)}, ValueError, r"attention: v must be .*Tk=4.* got \(2, 5, 2, 8\)"),
+    ({"window": 0}, ValueError, "attention: window must be at least 1, got 0"),
+    ({"kv_lens": torch.tensor([1, 2, 3])}, ValueError, r"attention: .*B=3"),
+    ({"kv_lens": torch.tensor([1.0, 2.0])}, TypeError, "attention: kv_lens must be one of .*got float32"),
+    ({"dtype": torch.int64}, TypeError, "attention: q must be one of .*got int64"),
+])  # fmt: skip
+def test_errors_name_the_argument(change, error, message):
+    dtype = change.pop("dtype", torch.float32)
+    shapes = {"q": (2, 3, 4, 8), "k": (2, 4, 2, 8), "v": (2, 4, 2, 8)}
+    tensors = [torch.zeros(change.pop(name, shape), dtype=dtype) for name, shape in shapes.items()]
+    with pytest.raises(error, match=message):
+        attention(*tensors, **change)
+
+
+def test_bad_boundaries():
+    x = torch.zeros(5, 2, 4)
+    for bad in ([0, 3], [0, 4, 3, 5], [0, 6]):
+        with pytest.raises(ValueError, match="attention: cu_seqlens must rise from 0 to M=5"):
+            attention(x, x, x, cu_seqlens=torch.tensor(bad, dtype=torch.int32))
+    with pytest.raises(ValueError, match="kv_lens must be None"):
+        attention(x, x, x, cu_seqlens=torch.tensor([0, 5], dtype=torch.int32), kv_lens=torch.tensor([5]))

@@ -1,0 +1,160 @@
+"""How a row of ``tests/cases.py`` is run and judged; shared by the tests of operators, of memory and of the harness."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from cases import Case
+from fmcore.op import Op
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def arguments(case: Case, shape: Sequence[int], dtype: torch.dtype, device: str = DEVICE) -> list[Tensor | None]:
+    """The row's arguments on ``device``: those to differentiate in ``dtype``, constants in their own."""
+    with torch.device(device):
+        made = case.inputs(*shape)
+    return [a if a is None or i in case.constants else a.to(dtype) for i, a in enumerate(made)]
+
+
+def differentiated(case: Case, args: Sequence[Tensor | None]) -> list[int]:
+    return [i for i, a in enumerate(args) if a is not None and i not in case.constants]
+
+
+def outputs(fn: Callable, args: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    out = fn(*args)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def incoming(case: Case, args: Sequence[Tensor | None]) -> list[Tensor]:
+    """One random gradient for each output. Random, because a gradient of ones hides a lost term."""
+    with torch.no_grad():
+        return [torch.randn(y.shape, dtype=torch.float64).to(y) for y in outputs(case.ref, args)]
+
+
+def run(case: Case, fn: Callable, args: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of ``fn``, then the gradient of each differentiated argument."""
+    wanted = differentiated(case, args)
+    # detach keeps strides, so that a view is tested as the view it is.
+    args = [a.detach().requires_grad_(i in wanted) if isinstance(a, Tensor) else a for i, a in enumerate(args)]
+    ys = outputs(fn, args)
+    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, [args[i] for i in wanted], grads)]
+
+
+def truth(case: Case, args: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor]:
+    wanted = differentiated(case, args)
+    return run(case, case.ref, [a.double() if i in wanted else a for i, a in enumerate(args)], [g.double() for g in grads])
+
+
+Trial = tuple[list[Tensor | None], list[Tensor]]
+
+
+def trials(case: Case, shape: Sequence[int], dtype: torch.dtype) -> list[Trial]:
+    """Random arguments and incoming gradients.
+
+    Several times over for small shapes: the error of eager PyTorch in one or two elements is a matter of luck and may be
+    zero, so it says nothing about what an operator may err.
+    """
+    drawn = []
+    elements = 0
+    while not drawn or (0 < elements < 256 and len(drawn) < 16):
+        args = arguments(case, shape, dtype)
+        drawn.append((args, incoming(case, args)))
+        elements += min((a.numel() for a in args if a is not None), default=0)
+    return drawn
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance from ``value`` to the next number of ``dtype``."""
+    info = torch.finfo(dtype)
+    return info.eps * value.clamp(min=info.smallest_normal)
+
+
+def judge(case: Case, results: Sequence[Sequence[Tensor]], drawn: Sequence[Trial]) -> None:
+    """Against fp64 truth, an operator may err twice as much as eager PyTorch, plus one ulp of the largest value."""
+    exact, eager = ([f(case, *trial) for trial in drawn] for f in (truth, lambda c, a, g: run(c, c.ref, a, g)))
+    for i, (got, e, t) in enumerate(zip(zip(*results), zip(*eager), zip(*exact), strict=True)):
+        for g, r in zip(got, e, strict=True):
+            assert g.dtype == r.dtype and g.shape == r.shape, f"result {i}: {g.dtype}{tuple(g.shape)}, not {r.dtype}{tuple(r.shape)}"
+        g, e, t = (torch.stack([x.double() for x in xs]) for xs in (got, e, t))
+        if g.numel() == 0:
+            continue
+        assert not g.isnan().any(), f"result {i}: {int(g.isnan().sum())} elements are NaN, written as such or never written"
+        limit = 2 * (e - t).abs().max() + ulp(t.abs().max(), got[0].dtype)
+        error = (g - t).abs().max()
+        assert error <= limit, f"result {i}: error {error.item():.3g} exceeds {limit.item():.3g}"
+
+
+def check(case: Case, fn: Callable, drawn: Sequence[Trial]) -> None:
+    """Run and judge ``fn``, with NaN in every output before it starts; it must leave its inputs alone."""
+    results = []
+    for args, grads in drawn:
+        given = [t for t in (*args, *grads) if t is not None]
+        before = [t.clone() for t in given]
+        with poisoned():
+            results.append(run(case, fn, args, grads))
+        for t, b in zip(given, before, strict=True):
+            assert torch.equal(t, b), "an input or an incoming gradient was changed"
+    judge(case, results, drawn)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside the block ``torch.empty`` and its kin return NaN, so that an element never written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def direct() -> Iterator[None]:
+    """Inside the block operators call their bodies without the dispatcher, which has no body for ``meta`` tensors.
+
+    So the whole host code of an operator runs, forward and backward, on tensors that have a shape and no memory.
+    """
+    through_dispatcher = Op.__call__
+    Op.__call__ = Op._run
+    try:
+        yield
+    finally:
+        Op.__call__ = through_dispatcher
+
+
+@contextmanager
+def calls() -> Iterator[list[tuple[Op, tuple]]]:
+    """The calls of dispatcher operators inside the block, with detached arguments."""
+    log: list[tuple[Op, tuple]] = []
+    through_dispatcher = Op.__call__
+
+    def logged(self: Op, *args):
+        log.append((self, tuple(a.detach() if isinstance(a, Tensor) else a for a in args)))
+        return through_dispatcher(self, *args)
+
+    Op.__call__ = logged
+    try:
+        yield log
+    finally:
+        Op.__call__ = through_dispatcher
+
+
+def padded_rows(t: Tensor) -> Tensor:
+    """The same values as a view into wider rows that do not start at the first element."""
+    if t.ndim == 0:
+        return t
+    wide = torch.full((*t.shape[:-1], t.shape[-1] + 5), float("nan") if t.is_floating_point() else 0, device=t.device).to(t.dtype)
+    view = wide[..., 3 : 3 + t.shape[-1]]
+    return view.copy_(t)
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The same values with the last dimension strided."""
+    if t.ndim < 2:
+        wide = t.new_empty(2 * t.numel())
+        return wide[::2].copy_(t) if t.ndim else t
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
