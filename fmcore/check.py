@@ -13,8 +13,8 @@ INTS = (torch.int64, torch.int32)
 def shape(op: str, **args: tuple[Tensor, str]) -> dict[str, int]:
     """``shape("rms_norm", x=(x, "... N"), w=(w, "N"))`` returns ``{"N": n}``.
 
-    A spec is a list of dimension names; the first may be ``...`` for any leading dimensions, and a name that is a number
-    must match it. The same name must have the same size everywhere, else ``ValueError``.
+    A spec is a list of dimension names; the first may be ``...`` for any leading dimensions, and a name that is a
+    number must match it. The same name must have the same size everywhere, else ``ValueError``.
     """
     size: dict[str, int] = {}
     for name, (t, spec) in args.items():
@@ -22,7 +22,9 @@ def shape(op: str, **args: tuple[Tensor, str]) -> dict[str, int]:
         lead = t.ndim - len(dims) + 1 if dims and dims[0] == "..." else 0
         dims = dims[1:] if dims and dims[0] == "..." else dims
         fits = lead >= 0 and t.ndim - lead == len(dims)
-        if not fits or any(n != (int(d) if d.isdigit() else size.setdefault(d, n)) for d, n in zip(dims, t.shape[lead:], strict=True)):
+        if not fits or any(
+            n != (int(d) if d.isdigit() else size.setdefault(d, n)) for d, n in zip(dims, t.shape[lead:], strict=True)
+        ):
             known = "".join(f", {d}={size[d]}" for d in dims if d in size)
             raise ValueError(f"{op}: {name} must be ({spec.replace(' ', ', ')}){known}, got {tuple(t.shape)}")
     return size
@@ -36,7 +38,7 @@ def dtype(op: str, allowed: tuple[torch.dtype, ...] = FLOATS, **args: Tensor | N
 
 
 def same(op: str, **args: Tensor | None) -> None:
-    """All given tensors share device and dtype with the first, else ``TypeError`` or ``ValueError``. ``None`` is skipped."""
+    """All given tensors have the first's device (else ``ValueError``) and dtype (else ``TypeError``); skips None."""
     given = [(name, t) for name, t in args.items() if t is not None]
     first, x = given[0]
     for name, t in given[1:]:

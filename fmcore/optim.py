@@ -23,12 +23,12 @@ class AdamW(torch.optim.Optimizer):
     def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  weight_decay: float = 0.1):
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
-            raise ValueError(f"AdamW: lr, eps and weight_decay must be >= 0 and betas in [0, 1), got lr={lr}, eps={eps}, "
-                             f"weight_decay={weight_decay}, betas={betas}")
+            raise ValueError(f"AdamW: lr, eps and weight_decay must be >= 0 and betas in [0, 1), got lr={lr}, "
+                             f"eps={eps}, weight_decay={weight_decay}, betas={betas}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None, *, clip: float | None = None) -> Tensor:
+    def step(self, closure: None = None, *, clip: float | None = None) -> Tensor:  # type: ignore[override]
         """One step; returns the norm of all gradients before clipping, a scalar tensor that nobody has waited for.
 
         With ``clip`` the gradients count as scaled to a norm of at most ``clip``; ``.grad`` may be scaled with it.
@@ -49,7 +49,7 @@ class AdamW(torch.optim.Optimizer):
         return norm
 
     def _start(self, p: Tensor) -> None:
-        """Moments in fp32 at least; a half-precision parameter also gets an fp32 master copy that the steps add up in."""
+        """Moments in fp32 at least; half-precision parameters also get an fp32 master copy that steps add up in."""
         wide = torch.promote_types(p.dtype, torch.float32)
         self.state[p].update(step=0, **{name: torch.zeros_like(p, dtype=wide) for name in MOMENTS})
         if wide != p.dtype:
@@ -58,10 +58,11 @@ class AdamW(torch.optim.Optimizer):
     def _update(self, params: list[Tensor], step: int, group: dict, scale: Tensor | None) -> None:
         states = [self.state[p] for p in params]
         masters = [s.get("master", p) for p, s in zip(params, states, strict=True)]
-        grads = [p.grad if p is m else p.grad.to(m.dtype) for p, m in zip(params, masters, strict=True)]
-        adamw_(masters, grads, *([s[name] for s in states] for name in MOMENTS), step, lr=group["lr"],
-               beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"],
-               grad_scale=scale)
+        # For a parameter that is its own master, ``to`` gives the gradient itself.
+        grads = [p.grad.to(m.dtype) for p, m in zip(params, masters, strict=True) if p.grad is not None]
+        m, v = ([s[name] for s in states] for name in MOMENTS)
+        adamw_(masters, grads, m, v, step, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
+               eps=group["eps"], weight_decay=group["weight_decay"], grad_scale=scale)
         narrow = [(p, m) for p, m in zip(params, masters, strict=True) if p is not m]
         if narrow:
             torch._foreach_copy_([p for p, _ in narrow], [m for _, m in narrow])

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 
-def adamw_foreach_(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], step: int,
-                   lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+def adamw_foreach_(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+                   step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
                    grad_scale: Tensor | None) -> None:
     """PyTorch's foreach path: each line is one pass over all tensors."""
     if grad_scale is not None:
@@ -29,8 +29,8 @@ def adamw_foreach_(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Ten
     torch._foreach_addcdiv_(params, exp_avgs, denominator, -lr / (1 - beta1**step))
 
 
-def adamw_fused_(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], step: int,
-                 lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
+def adamw_fused_(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+                 step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
                  grad_scale: Tensor | None) -> None:
     """PyTorch's single-pass path: a parameter, its gradient and both moments are touched once."""
     steps = [torch.tensor(float(step), device=params[0].device)] * len(params)
@@ -59,10 +59,12 @@ def adamw_(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], ex
             raise TypeError(f"adamw_: params[{i}] must be floating, got {str(p.dtype)[6:]}")
         for name, t in zip(("grads", "exp_avgs", "exp_avg_sqs"), others, strict=True):
             if t.shape != p.shape:
-                raise ValueError(f"adamw_: {name}[{i}] must be {tuple(p.shape)} like its parameter, got {tuple(t.shape)}")
+                raise ValueError(f"adamw_: {name}[{i}] must be {tuple(p.shape)} like its parameter, "
+                                 f"got {tuple(t.shape)}")
     if not params:
         return
-    # The single pass takes lists of one device and dtype; on a CPU it was 4.8 times as fast as foreach (3.2 M fp32, LOG.md).
+    # The single pass takes lists of one device and dtype; on a CPU it was 4.8 times as fast as foreach (3.2 M fp32,
+    # LOG.md).
     uniform = all(t.dtype == params[0].dtype and t.device == params[0].device and t.is_contiguous()
                   for t in (*params, *grads, *exp_avgs, *exp_avg_sqs))
     body = adamw_fused_ if uniform and params[0].device.type in ("cpu", "cuda") else adamw_foreach_

@@ -2,7 +2,7 @@
 
     o_i = sum_j p_ij v_j      p_ij = softmax_j(scale * q_i . k_j)      over the keys j that query i may see
 
-    q (B, Tq, H, D)    k (B, Tk, G, D)    v (B, Tk, G, Dv)    o (B, Tq, H, Dv)    query head h reads kv head h // (H / G)
+    q (B, Tq, H, D)   k (B, Tk, G, D)   v (B, Tk, G, Dv)   o (B, Tq, H, Dv)   query head h reads kv head h // (H / G)
 
 Queries are aligned to the end of the keys: query i stands at position p = len_k - Tq + i, where len_k is Tk or, with
 ``kv_lens``, the number of keys that are filled in that sequence (a KV cache). Causal: j <= p. Window: j > p - window.
@@ -50,7 +50,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, sc
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
     narrow = window is not None and window < Tk
     if kv_lens is None and not narrow and (not causal or Tq == Tk):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped).transpose(1, 2)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return o.transpose(1, 2)
     mask = visible(Tq, Tk, causal, window, kv_lens, q.device)
     # A query that sees no key would be 0/0: let it see all of them, then blank its output and so its gradient.
     some = mask.any(-1, keepdim=True)
@@ -70,11 +71,13 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, w
     groups.pop(0, None)
     if len(groups) == 1:
         n = next(iter(groups))
-        return _dense(*(t.unflatten(0, (-1, n)) for t in (q, k, v)), causal, window, scale, None).flatten(0, 1)
+        q, k, v = (t.unflatten(0, (-1, n)) for t in (q, k, v))
+        return _dense(q, k, v, causal, window, scale, None).flatten(0, 1)
     parts = [t.split(lengths) for t in (q, k, v)]
     outs = [q.new_empty(0, q.shape[1], v.shape[2])] * len(lengths)
     for ids in groups.values():
-        o = _dense(*(torch.stack([part[i] for i in ids]) for part in parts), causal, window, scale, None)
+        qs, ks, vs = (torch.stack([part[i] for i in ids]) for part in parts)
+        o = _dense(qs, ks, vs, causal, window, scale, None)
         for i, row in zip(ids, o.unbind(0), strict=True):
             outs[i] = row
     return torch.cat(outs)
@@ -88,8 +91,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: i
         causal: a query sees keys up to its own position.
         window: a query sees the last ``window`` keys only, its own included (both sides when not causal).
         scale: factor on q . k, by default 1 / sqrt(D).
-        cu_seqlens: (S+1,) int32, where packed documents start, 0 first and M last; then q is (M, H, D), k and v (M, G, D).
-            Its values are read: keep it on the CPU, where that costs no synchronisation.
+        cu_seqlens: (S+1,) int32, where packed documents start, 0 first and M last; then q is (M, H, D), k and v are
+            (M, G, D). Its values are read: keep it on the CPU, where that costs no synchronisation.
         kv_lens: (B,) integers, how many keys of each sequence are filled; queries stand at the end of those.
 
     A query that sees no key gives 0. Raises ValueError for shapes that do not fit, TypeError for dtypes.

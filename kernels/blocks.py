@@ -8,7 +8,7 @@ from torch import Tensor
 
 @triton.jit
 def load_tile(ptr, rows, cols, stride, mask, ACC: tl.constexpr):
-    """The (ROWS, BLOCK) tile at ``rows`` (int64) and ``cols`` of a matrix with unit column stride, in ACC; 0 off mask."""
+    """The (ROWS, BLOCK) tile at ``rows`` (int64) and ``cols`` of a matrix with unit column stride; 0 off the mask."""
     return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0).to(ACC)
 
 

@@ -86,7 +86,7 @@ fwd = Op("gelu_fwd(Tensor x, bool tanh) -> Tensor", fake=lambda x, tanh: x.new_e
 bwd = Op("gelu_bwd(Tensor dy, Tensor x, bool tanh) -> Tensor", fake=lambda dy, x, tanh: x.new_empty(x.shape))
 
 
-@fwd.body("triton")
+@fwd.body("triton", accepts=lambda x, *rest: x.is_cuda)
 def gelu_fwd_triton(x: Tensor, tanh: bool) -> Tensor:
     (M, N), x = x.shape, unit_columns(x)
     y = x.new_empty(M, N)
@@ -99,7 +99,7 @@ def gelu_fwd_triton(x: Tensor, tanh: bool) -> Tensor:
     return y
 
 
-@bwd.body("triton")
+@bwd.body("triton", accepts=lambda dy, *rest: dy.is_cuda)
 def gelu_bwd_triton(dy: Tensor, x: Tensor, tanh: bool) -> Tensor:
     (M, N), dy, x = x.shape, unit_columns(dy), unit_columns(x)
     dx = x.new_empty(M, N)

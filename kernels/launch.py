@@ -4,7 +4,7 @@ They are formulas and not an autotuner's choice, so that every rank launches the
 bits. What a formula rests on stands beside it; numbers without a measurement say so.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -20,7 +20,7 @@ ELEMENTS_PER_THREAD = 16
 SMALLEST_TILE = 2048
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -31,7 +31,7 @@ def sm_count(device: torch.device) -> int:
 
 
 def row_tile(N: int, widest: int) -> tuple[int, int, int]:
-    """(ROWS, BLOCK_N, num_warps) for rows of ``N`` elements held whole, or in blocks of ``widest`` when ``N`` exceeds it.
+    """(ROWS, BLOCK_N, num_warps) for rows of ``N`` elements held whole, or in blocks of ``widest`` when that is less.
 
     Depends on ``N`` alone: a formula that looked at the number of rows would compile anew for each batch size.
     """
@@ -43,16 +43,18 @@ def row_tile(N: int, widest: int) -> tuple[int, int, int]:
 def persistent(tiles: int, device: torch.device, num_warps: int) -> tuple[int, int]:
     """(programs, tiles for each) when a program keeps a running sum over its tiles.
 
-    32 warps a multiprocessor: with 16 elements a thread, 32 KiB or more are in flight on each, what 4.8 TB/s times 1 us
-    of latency asks of each of 132 (Little's law; derived, not measured). More programs would only add partial sums.
+    16 warps a multiprocessor: more do not fit with the 128 registers a thread that such kernels take
+    (tests/resources.json), and programs that wait for others only add partial sums. With 16 elements of two 16-bit
+    tensors a thread, 32 KiB are in flight on each of 132, about what 4.8 TB/s times 1 us of latency asks for (derived,
+    not measured).
     """
-    most = sm_count(device) * max(1, 32 // num_warps)
+    most = sm_count(device) * max(1, 16 // num_warps)
     each = triton.cdiv(tiles, most)
     return triton.cdiv(tiles, max(1, each)), each
 
 
 def element_tile(N: int) -> tuple[int, int, int]:
-    """(ROWS, BLOCK_N, num_warps) for elementwise work on rows of ``N`` elements, of which no row needs to be held whole.
+    """(ROWS, BLOCK_N, num_warps) for elementwise work on rows of ``N`` elements, none of which must be held whole.
 
     The widest power of two that divides ``N`` wastes no lane; 64 columns of a 16-bit dtype still fill a line of 128
     bytes, and more than 1024 gain nothing.

@@ -6,10 +6,10 @@
 
 Rows go through in chunks: one product gives the logits of a chunk, they turn into dz in place, two products give dh and
 dw, and the chunk is dropped, so at most CHUNK logits exist at a time, in the forward pass alone (a scalar loss only
-scales dz afterwards). With ``reduction="none"`` the upstream gradient differs from row to row, so only logsumexp is kept
-and the backward pass forms the logits again. Ignored rows give loss 0 and gradient 0. A frozen head costs 2 products
-and no dw; without gradients there is 1. Softmax and sums in fp32, in fp64 for fp64 input.
-Source: Wijmans et al. 2024, arXiv:2411.09009 (never materialise the logits); Hsu et al. 2024, arXiv:2410.10989 (chunks).
+scales dz afterwards). With ``reduction="none"`` the upstream gradient differs from row to row, so only logsumexp is
+kept and the backward pass forms the logits again. Ignored rows give loss 0 and gradient 0. A frozen head costs 2
+products and no dw; without gradients there is 1. Softmax and sums in fp32, in fp64 for fp64 input.
+Source: Wijmans et al. 2024, arXiv:2411.09009 (no logits in memory); Hsu et al. 2024, arXiv:2410.10989 (chunks).
 """
 
 import torch
@@ -22,8 +22,8 @@ from fmcore import check
 CHUNK = 2**25
 
 
-def linear_cross_entropy_ref(h: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None = None, ignore_index: int = -100,
-                             reduction: str = "mean") -> Tensor:
+def linear_cross_entropy_ref(h: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None = None,
+                             ignore_index: int = -100, reduction: str = "mean") -> Tensor:
     z = F.linear(h, w, bias).to(torch.promote_types(h.dtype, torch.float32))
     return F.cross_entropy(z, targets, ignore_index=ignore_index, reduction=reduction)
 
@@ -32,12 +32,17 @@ def _logits(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(h, w, bias).to(torch.promote_types(h.dtype, torch.float32))
 
 
-def _to_dz(z: Tensor, lse: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Logits become their gradient, in place."""
-    ignored = targets == ignore_index
-    dz = z.sub_(lse[:, None]).exp_()
-    dz.scatter_add_(1, targets.masked_fill(ignored, 0)[:, None], dz.new_full((len(dz), 1), -1.0))
-    return dz.masked_fill_(ignored[:, None], 0.0)
+def _softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
+    """logsumexp of each row, and the rows turned into their softmax in place: one exp serves both."""
+    top = z.amax(1, keepdim=True)
+    total = z.sub_(top).exp_().sum(1, keepdim=True)
+    return (top + total.log())[:, 0], z.div_(total)
+
+
+def _minus_onehot_(p: Tensor, targets: Tensor, ignored: Tensor) -> Tensor:
+    """Probabilities become the gradient of the loss on the logits, in place."""
+    p.scatter_add_(1, targets.masked_fill(ignored, 0)[:, None], p.new_full((len(p), 1), -1.0))
+    return p.masked_fill_(ignored[:, None], 0.0)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -55,12 +60,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(h), step):
             part = slice(i, i + step)
             z = _logits(h[part], w, bias)  # (m, V)
-            lse[part] = torch.logsumexp(z, dim=1)
             ignored = targets[part] == ignore_index
             hit = z.gather(1, targets[part].masked_fill(ignored, 0)[:, None])[:, 0]
+            lse[part], p = _softmax_(z)
             loss[part] = (lse[part] - hit).masked_fill(ignored, 0.0)
             if not rows and any(needs):
-                dz = _to_dz(z, lse[part], targets[part], ignore_index).to(h.dtype)
+                dz = _minus_onehot_(p, targets[part], ignored).to(h.dtype)
                 if dh is not None:
                     dh[part] = dz @ w
                 if dw is not None:
@@ -91,15 +96,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         db = torch.zeros_like(w[:, 0], dtype=lse.dtype) if need_b else None
         for i in range(0, len(h), step):
             part = slice(i, i + step)
-            dz = _to_dz(_logits(h[part], w, bias), lse[part], targets[part], ignore_index)
-            dz = dz.mul_(g[part, None]).to(h.dtype)
-            if need_h:
+            p = _logits(h[part], w, bias).sub_(lse[part, None]).exp_()
+            dz = _minus_onehot_(p, targets[part], targets[part] == ignore_index).mul_(g[part, None]).to(h.dtype)
+            if dh is not None:
                 dh[part] = dz @ w
-            if need_w:
+            if dw is not None:
                 dw += dz.T @ h[part]
-            if need_b:
+            if db is not None:
                 db += dz.sum(0, dtype=lse.dtype)
-        return (dh, dw.to(w.dtype) if need_w else None, db.to(bias.dtype) if need_b else None, None, None, None, None)
+        return (dh, None if dw is None else dw.to(w.dtype), None if db is None else db.to(bias.dtype), None, None, None,
+                None)
 
 
 def linear_cross_entropy(h: Tensor, w: Tensor, targets: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100,

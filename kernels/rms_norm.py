@@ -7,7 +7,7 @@ Backward, with x_hat = x * rstd and g = dy * w:
     dx = rstd * (g - x_hat * mean(g * x_hat))          dw = sum over M of dy * x_hat
 
 Statistics in fp32 whatever the input (fp64 for fp64). Bound by DRAM: forward reads x and writes y (2MN elements),
-backward reads dy and x and writes dx (3MN). Rows wider than WIDEST are read once more in each direction.
+backward reads dy and x and writes dx (3MN). Rows wider than WIDEST (WIDEST_BWD) are read once more.
 Source: Zhang & Sennrich 2019, arXiv:1910.07467.
 """
 
@@ -21,9 +21,10 @@ from fmcore.kernels import launch
 from fmcore.kernels.blocks import accumulator, load_tile, store_tile, unit_columns
 from fmcore.op import Op
 
-# Widest row that one program holds in registers; forward and backward compile without spills up to here
-# (tests/resources.json).
+# Widest row that one program holds in registers without spills (tests/resources.json), forward and backward. Twice as
+# much backward would be 192 KiB for dy, x and dw of the 256 KiB that a multiprocessor has, and it spills.
 WIDEST = 16384
+WIDEST_BWD = 8192
 
 # Rows that the CPU body takes at a time: they stay in the cache, and fp32 sums over 256 rows keep dw as exact as eager.
 CPU_ROWS = 256
@@ -36,8 +37,9 @@ def rms_norm_ref(x: Tensor, w: Tensor, eps: float = 1e-6) -> Tensor:
     return (x32 * rstd * w).to(x.dtype)
 
 
-# Kernels: one program owns ROWS rows, whole (ONE_BLOCK) or block after block.
-@triton.jit
+# Kernels: one program owns ROWS rows, whole (ONE_BLOCK) or block after block. The number of rows is not specialized,
+# so that another batch size does not compile anew.
+@triton.jit(do_not_specialize=["M"])
 def rms_norm_fwd_kernel(
     x_ptr, w_ptr, y_ptr, rstd_ptr, M, N, stride_xm, eps,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_BLOCK: tl.constexpr, ACC: tl.constexpr,
@@ -66,7 +68,7 @@ def rms_norm_fwd_kernel(
             store_tile(y_ptr, rows, start + cols, N, mask, x * rstd[:, None] * w[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def rms_norm_mean_kernel(
     dy_ptr, x_ptr, w_ptr, rstd_ptr, mean_ptr, M, N, stride_dym, stride_xm,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr,
@@ -86,7 +88,7 @@ def rms_norm_mean_kernel(
     tl.store(mean_ptr + rows, tl.sum(products, axis=1) * rstd / N, mask=in_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "tiles"])
 def rms_norm_bwd_kernel(
     dy_ptr, x_ptr, w_ptr, rstd_ptr, mean_ptr, dx_ptr, dw_ptr, M, N, stride_dym, stride_xm, tiles,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_BLOCK: tl.constexpr, NEEDS_DW: tl.constexpr, ACC: tl.constexpr,
@@ -174,7 +176,7 @@ def rms_norm_fwd_triton(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tenso
 def rms_norm_bwd_triton(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, needs_dw: bool) -> tuple[Tensor, Tensor]:
     (M, N), (stat, ACC) = x.shape, accumulator(x.dtype)
     dy, x, w = unit_columns(dy), unit_columns(x), w.contiguous()
-    rows, block_n, warps = launch.row_tile(N, WIDEST)
+    rows, block_n, warps = launch.row_tile(N, WIDEST_BWD)
     tiles = triton.cdiv(M, rows)
     programs, each = launch.persistent(tiles, x.device, warps)
     dx, dw = x.new_empty(M, N), x.new_empty(programs if needs_dw else 0, N, dtype=stat)

@@ -23,9 +23,9 @@ from fmcore import check
 from fmcore.kernels.blocks import accumulator, unit_columns
 from fmcore.op import Op
 
-# Pairs of a tile: 16 for each thread of 4 warps, so two 128-bit loads of each half in a 16-bit dtype. Derived from the
-# bytes in flight that hide the latency of DRAM (launch.persistent), not measured.
-TILE = 2048
+# Elements of a tile: 32 for each thread of 4 warps, four 128-bit loads in a 16-bit dtype. Derived from the bytes in
+# flight that hide the latency of DRAM (launch.persistent), not measured.
+TILE = 4096
 WARPS = 4
 
 
@@ -184,7 +184,29 @@ fwd = bwd = Op(
 )
 
 
-@fwd.body("triton")
+@fwd.body("cpu", accepts=lambda q, *rest: q.device.type == "cpu")
+def rope_cpu(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Three passes over each: the product with cos, then one half of the pairs after the other."""
+    R, stat = 2 * cos.shape[1], accumulator(q.dtype)[0]
+    c, s = (_angles(table, positions, *q.shape[:2]).to(stat) for table in (cos, sin))
+    c = c.repeat_interleave(2, -1) if interleaved else torch.cat((c, c), -1)
+    c = pad(c, (0, q.shape[-1] - R), value=1.0)
+    first, second = (slice(0, R, 2), slice(1, R, 2)) if interleaved else (slice(0, R // 2), slice(R // 2, R))
+    sign = -1 if inverse else 1
+
+    def rotate(x: Tensor) -> Tensor:
+        x32 = x.to(stat)
+        y = torch.mul(x32, c, out=x32.new_empty(x.shape))
+        y[..., first].addcmul_(x32[..., second], s, value=-sign)
+        y[..., second].addcmul_(x32[..., first], s, value=sign)
+        return y.to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+@fwd.body("triton", accepts=lambda q, *rest: q.is_cuda)
 def rope_triton(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -192,15 +214,15 @@ def rope_triton(
     q, k, cos, sin = unit_columns(q), unit_columns(k), cos.contiguous(), sin.contiguous()
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     block_half = triton.next_power_of_2(half)
-    rows = max(1, TILE // block_half)
+    block_rest = triton.next_power_of_2(D - 2 * half) if 2 * half < D else 0
+    rows = max(1, TILE // triton.next_power_of_2(2 * block_half + block_rest))
     q_blocks, k_blocks = triton.cdiv(T * H, rows), triton.cdiv(T * G, rows)
     if tiles := B * (q_blocks + k_blocks):
         rope_kernel[(tiles,)](
             q, k, q_out, k_out, cos, sin, None if positions is None else positions.contiguous(), T,
             q_blocks, k_blocks, *q.stride()[:3], *k.stride()[:3],
             H=H, G=G, D=D, HALF=half, INTERLEAVED=interleaved, INVERSE=inverse, HEAD_ROWS=rows, BLOCK_HALF=block_half,
-            BLOCK_REST=triton.next_power_of_2(D - 2 * half) if 2 * half < D else 0,
-            ACC=accumulator(q.dtype)[1], num_warps=WARPS,
+            BLOCK_REST=block_rest, ACC=accumulator(q.dtype)[1], num_warps=WARPS,
         )  # fmt: skip
     return q_out, k_out
 
@@ -216,35 +238,6 @@ class Rope(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor):
         return *bwd(dq, dk, *ctx.saved_tensors, ctx.interleaved, True), None, None, None, None
-
-
-def _rotate_eager(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: int) -> Tensor:
-    """Three passes: the product with cos, then one half after the other. cos (.., 1, D), sin (.., 1, R/2)."""
-    R = 2 * sin.shape[-1]
-    first, second = (slice(0, R, 2), slice(1, R, 2)) if interleaved else (slice(0, R // 2), slice(R // 2, R))
-    y = x * cos
-    y[..., first].addcmul_(x[..., second], sin, value=-sign)
-    y[..., second].addcmul_(x[..., first], sin, value=sign)
-    return y
-
-
-class RopeEager(torch.autograd.Function):
-    """The reference in fewer passes over memory; autograd of it joins halves and their gradients."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool):
-        c, s = (_angles(table, positions, *q.shape[:2]).to(q.dtype) for table in (cos, sin))
-        c = c.repeat_interleave(2, -1) if interleaved else torch.cat((c, c), -1)
-        c = pad(c, (0, q.shape[-1] - c.shape[-1]), value=1.0)
-        ctx.save_for_backward(c, s)
-        ctx.interleaved = interleaved
-        return _rotate_eager(q, c, s, interleaved, 1), _rotate_eager(k, c, s, interleaved, 1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dq: Tensor, dk: Tensor):
-        dq, dk = (_rotate_eager(dy, *ctx.saved_tensors, ctx.interleaved, -1) for dy in (dq, dk))
-        return dq, dk, None, None, None, None
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
@@ -290,11 +283,8 @@ def rope(
     B = math.prod(q.shape[:-3])
     q4, k4 = (x.reshape(B, T, *x.shape[-2:]) for x in (q, k))
     at = None if positions is None else positions.reshape(-1)
-    if not fwd.eager(q):
-        y = Rope.apply(q4, k4, cos, sin, at, interleaved)
-    # A compiler fuses the reference better than any fixed sequence of passes; 16 bits would round after each pass.
-    elif torch.compiler.is_compiling() or q.dtype in (torch.float16, torch.bfloat16):
+    if fwd.eager(q):
         y = rope_ref(q4, k4, cos, sin, at, interleaved=interleaved)
     else:
-        y = RopeEager.apply(q4, k4, cos, sin, at, interleaved)
+        y = Rope.apply(q4, k4, cos, sin, at, interleaved)
     return y[0].view(q.shape), y[1].view(k.shape)

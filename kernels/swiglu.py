@@ -65,7 +65,9 @@ def swiglu_bwd_kernel(
 
 
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    return tuple(gate.chunk(2, -1)) if up is None else (gate, up)
+    if up is None:
+        gate, up = gate.chunk(2, -1)
+    return gate, up
 
 
 def _gradient(gate: Tensor, up: Tensor | None) -> Tensor:
@@ -81,7 +83,27 @@ fwd = Op(
 bwd = Op("swiglu_bwd(Tensor dy, Tensor gate, Tensor? up) -> Tensor", fake=lambda dy, gate, up: _gradient(gate, up))
 
 
-@fwd.body("triton")
+@fwd.body("cpu", accepts=lambda gate, *rest: gate.device.type == "cpu")
+def swiglu_fwd_cpu(gate: Tensor, up: Tensor | None) -> Tensor:
+    gate32, up32 = (x.to(accumulator(x.dtype)[0]) for x in _halves(gate, up))
+    y = torch.ops.aten.silu.out(gate32, out=gate32.new_empty(gate32.shape))
+    return y.mul_(up32).to(gate.dtype)
+
+
+@bwd.body("cpu", accepts=lambda dy, *rest: dy.device.type == "cpu")
+def swiglu_bwd_cpu(dy: Tensor, gate: Tensor, up: Tensor | None) -> Tensor:
+    """In the memory of the result: autograd would also save silu(gate), and join the halves of a packed gradient."""
+    dtype, stat = gate.dtype, accumulator(gate.dtype)[0]
+    dy, gate, up = dy.to(stat), gate.to(stat), None if up is None else up.to(stat)
+    d = _gradient(gate, up)
+    (dgate, dup), (g, u) = d.chunk(2, -1) if up is None else d, _halves(gate, up)
+    torch.mul(dy, u, out=dgate)
+    torch.ops.aten.silu_backward.grad_input(dgate, g, grad_input=dgate)
+    torch.ops.aten.silu.out(g, out=dup).mul_(dy)
+    return d.to(dtype)
+
+
+@fwd.body("triton", accepts=lambda gate, *rest: gate.is_cuda)
 def swiglu_fwd_triton(gate: Tensor, up: Tensor | None) -> Tensor:
     gate, up = (unit_columns(x) for x in _halves(gate, up))
     M, F = gate.shape
@@ -95,7 +117,7 @@ def swiglu_fwd_triton(gate: Tensor, up: Tensor | None) -> Tensor:
     return y
 
 
-@bwd.body("triton")
+@bwd.body("triton", accepts=lambda dy, *rest: dy.is_cuda)
 def swiglu_bwd_triton(dy: Tensor, gate: Tensor, up: Tensor | None) -> Tensor:
     d = _gradient(gate, up)
     dgate, dup = d.chunk(2, -1) if up is None else d
@@ -124,28 +146,6 @@ class SwiGLU(torch.autograd.Function):
         return (d, None) if up is None else tuple(d)
 
 
-class SwiGLUEager(torch.autograd.Function):
-    """The reference in fewer passes over memory: autograd of it also saves silu(gate) and joins the packed gradient."""
-
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        gate, up = _halves(gate, up)
-        return silu(gate).mul_(up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor):
-        gate, up = ctx.saved_tensors
-        d = _gradient(gate, up)
-        dgate, dup = d.chunk(2, -1) if up is None else d
-        g, u = _halves(gate, up)
-        torch.mul(dy, u, out=dgate)
-        torch.ops.aten.silu_backward.grad_input(dgate, g, grad_input=dgate)
-        torch.ops.aten.silu.out(g, out=dup).mul_(dy)
-        return (d, None) if up is None else tuple(d)
-
-
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """``silu(gate) * up`` (..., F); without ``up``, ``gate`` (..., 2F) holds both side by side, [gate | up].
 
@@ -161,11 +161,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         check.same("swiglu", gate=gate, up=up)
         if gate.ndim == 0 or up.shape != gate.shape:
             raise ValueError(f"swiglu: up must have the shape of gate, {tuple(gate.shape)}, got {tuple(up.shape)}")
-    if not fwd.eager(gate):
-        gate2d, up2d = (None if x is None else x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (gate, up))
-        y = SwiGLU.apply(gate2d, up2d)
-        return y.view(*gate.shape[:-1], y.shape[-1])
-    # A compiler fuses the reference better than any fixed sequence of passes; 16 bits would round after each pass.
-    if torch.compiler.is_compiling() or gate.dtype in (torch.float16, torch.bfloat16):
+    if fwd.eager(gate):
         return swiglu_ref(gate, up)
-    return SwiGLUEager.apply(gate, up)
+    gate2d, up2d = (None if x is None else x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (gate, up))
+    y = SwiGLU.apply(gate2d, up2d)
+    return y.view(*gate.shape[:-1], y.shape[-1])

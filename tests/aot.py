@@ -23,14 +23,14 @@ os.environ.pop("TRITON_INTERPRET", None)
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import proof  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
+from cases import CASES  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime import jit  # noqa: E402
 
-import proof  # noqa: E402
-from cases import CASES  # noqa: E402
 from fmcore.op import use  # noqa: E402
 
 PINS = HERE / "resources.json"
@@ -41,7 +41,10 @@ FP32_TARGET = "sm_90"
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def launches(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, jit.JITFunction, tuple, dict]]:
+Launch = tuple[str, jit.JITFunction, tuple, dict]
+
+
+def launches(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Launch]:
     """The launches of forward and backward: key, kernel, arguments, keyword arguments."""
     case, log = CASES[name], []
 
@@ -134,11 +137,11 @@ def main() -> None:
     given = options.parse_args()
     text = json.dumps({"triton": triton.__version__, "kernels": everything(given.only)}, indent=1)
     # One line for each kernel and target: a change reads as one changed line.
-    text = re.sub(r"\{\n\s+(\"registers\"[^}]*?)\n\s+\}", lambda m: "{" + re.sub(r"\s*\n\s*", " ", m[1]) + "}", text) + "\n"
+    text = re.sub(r"\{\s+(\"registers\"[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s*\n\s*", " ", m[1]) + "}", text)
     if given.pin:
-        PINS.write_text(text)
+        PINS.write_text(text + "\n")
     else:
-        print(text, end="")
+        print(text)
 
 
 if __name__ == "__main__":

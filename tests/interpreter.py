@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -113,8 +112,8 @@ class Launch:
         bad = span.outside(offset, size)
         if bad.any():
             raise AssertionError(
-                f"{self.kernel}: {kind} outside {span.name} {tuple(span.tensor.shape)} in {int(bad.sum())} lanes of program "
-                f"{self.program}, the first at byte {int(offset[bad][0])}"
+                f"{self.kernel}: {kind} outside {span.name} {tuple(span.tensor.shape)} in {int(bad.sum())} lanes of "
+                f"program {self.program}, the first at byte {int(offset[bad][0])}"
             )
         real = offset + (span.base if span.phantom else span.tensor.data_ptr())
         if kind != "atomic":
@@ -259,7 +258,7 @@ def _patch_memory(builder: type, handle: type, interp: Any) -> None:
         before, bits = np.zeros(value.data.shape, np.uint16), np.dtype(np.uint16)
         for i in np.ndindex(value.data.shape):
             if mask.data[i]:
-                at, one = pointers.data[i : i + (...,)] if i == () else pointers.data[i].reshape(1), np.ones(1, bool)
+                at, one = pointers.data[i].reshape(1), np.ones(1, bool)
                 before[i] = interp._interpreter.load(at, one, np.zeros(1, bits), bits)[0]
                 after = narrow(widen(before[i].reshape(1)) + widen(value.data[i].reshape(1)))
                 interp._interpreter.store(at, after, one)
@@ -293,7 +292,8 @@ def _patch_floats(builder: type, handle: type, interp: Any) -> None:
     for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_erf", "create_rsqrt"):
         setattr(builder, name, through_fp32(getattr(builder, name)))
 
-    cast, convert, dot, reduce = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot, interp.ReduceOps.apply_impl
+    cast, convert, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
+    reduce = interp.ReduceOps.apply_impl
 
     def cast_impl(self, src, dst_type):
         if dst_type.scalar == tl.bfloat16 and not is_bf16(src):

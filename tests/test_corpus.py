@@ -125,7 +125,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_text("x")
     path.chmod(0)
-    assert refused(path).endswith("cannot be read: Permission denied")
+    assert refused(path).endswith("cannot be read (Permission denied)")
 
 
 def test_no_topics(monkeypatch: pytest.MonkeyPatch):

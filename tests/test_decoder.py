@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fmcore.errors import InputError
+from fmcore.kernels.rope import RopeScaling
 from fmcore.models.decoder import PRESETS, Cache, Config, Decoder
 
 GPT2 = Config(vocab_size=40, layers=2, width=24, heads=3, ffn=64, context=16, norm="layer", norm_eps=1e-5,
@@ -162,12 +163,15 @@ def test_initial_weights():
             assert (p == (0 if name.endswith("bias") else 1)).all()
 
 
-def test_training_goes_on_after_inference():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_goes_on_after_inference(dtype):
     """What inference mode made on the way (the tables of rope) must not spoil a later backward pass."""
-    model = Decoder(LLAMA)
+    model = Decoder(LLAMA).to(dtype)
     tokens = torch.randint(40, (1, 8))
     with torch.inference_mode():
         model(tokens)
+    # Not every body of rope saves them as they are, but none may be in the way.
+    assert not any(table.is_inference() for table in model.angles(8, tokens.device))
     model.loss(tokens, tokens).backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -189,6 +193,15 @@ def test_tables_grow_with_the_length():
     ({"layers": 0}, "config: layers must be a positive integer, got 0"),
     ({"window": -1}, "config: window must be a positive integer, got -1"),
     ({"width": 64.0}, "config: width must be a positive integer, got 64.0"),
+    ({"layers": True}, "config: layers must be a positive integer, got True"),
+    ({"ffn": None}, "config: ffn must be a positive integer, got None"),
+    ({"rope_theta": "1e4"}, "config: rope_theta must be a positive number, got '1e4'"),
+    ({"norm_eps": float("nan")}, "config: norm_eps must be a positive number, got nan"),
+    ({"init_std": 0.0}, "config: init_std must be a positive number, got 0.0"),
+    ({"tied": "false"}, "config: tied must be true or false, got 'false'"),
+    ({"rope_scaling": RopeScaling("8", 1.0, 4.0, 8192)},
+     "config: rope_scaling must hold positive numbers, got RopeScaling(factor='8', low_freq_factor=1.0, "
+     "high_freq_factor=4.0, original_max_position_embeddings=8192)"),
     ({"head_dim": None, "width": 25}, "config: width must be a multiple of heads=4, got 25"),
     ({"kv_heads": 3}, "config: heads must be a multiple of kv_heads=3, got 4"),
     ({"head_dim": 5}, "config: head_dim must be even for rope, got 5"),

@@ -207,6 +207,7 @@ def test_stream_comes_as_it_is_made():
     model.hidden = lambda *args, **kwargs: calls.append(1) or hidden(*args, **kwargs)
     pieces = stream(model, ByteTokenizer(), "", GREEDY)
     assert next(pieces) == "a" and len(calls) == 1
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert next(pieces) == "b" and len(calls) == 2
     pieces.close()
     assert model.training

@@ -19,8 +19,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is the o
 T = 40
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
-DENSE = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+DENSE = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
 GPT2 = {"vocab_size": 131, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
 # name: (model_type, what differs from the sizes above, [new head size])
 CASES = {
@@ -30,7 +30,8 @@ CASES = {
     "llama-tied-llama3": ("llama", {"tie_word_embeddings": True, "rope_parameters": LLAMA3 | {"rope_theta": 10000.0}}),
     "llama-mha-head-dim": ("llama", {"num_key_value_heads": 4, "head_dim": 24}),
     "qwen3": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
-    "qwen3-window": ("qwen3", {"head_dim": 32, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
+    "qwen3-window": ("qwen3", {"head_dim": 32, "use_sliding_window": True, "sliding_window": 7,
+                               "max_window_layers": 0}),
     "mistral-window": ("mistral", {"sliding_window": 7}),
     "mistral-full": ("mistral", {"sliding_window": None, "head_dim": 32}),
 }  # fmt: skip
@@ -54,6 +55,10 @@ def tokens(model, B: int = 2) -> torch.Tensor:
     return torch.randint(0, model.config.vocab_size, (B, T), generator=torch.Generator().manual_seed(2))
 
 
+def plain(config: Config) -> Config:
+    return dataclasses.replace(config, kv_heads=config.G, head_dim=config.D)
+
+
 def reload(folder):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager",
                                                                     output_loading_info=True)
@@ -69,16 +74,16 @@ def test_logits_agree_with_transformers_both_ways(name, tmp_path):
     x = tokens(theirs)
     want = theirs(x).logits
     ours = load_hf(tmp_path / "theirs")
+    # The promise is 1e-4; 3e-6 was measured on logits of about 1.
     assert ours.embed.weight.dtype == torch.float32 and want.std() > 0.5
-    torch.testing.assert_close(ours(x), want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours(x), want, atol=1e-5, rtol=0)
 
     save_hf(ours, tmp_path / "ours")
     back = reload(tmp_path / "ours")
-    torch.testing.assert_close(back(x).logits, want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(back(x).logits, want, atol=1e-5, rtol=0)
     again = back.state_dict()
     assert all(torch.equal(t, again[key]) for key, t in theirs.state_dict().items())
-    assert config_from_hf(tmp_path / "ours") == dataclasses.replace(ours.config, kv_heads=ours.config.G,
-                                                                    head_dim=ours.config.D) or name.startswith("gpt2")
+    assert plain(config_from_hf(tmp_path / "ours")) == plain(ours.config)
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "qwen3-window"])
@@ -121,7 +126,7 @@ def test_shards_buffers_base_models_and_a_stored_tied_head(tmp_path):
     want = theirs(x).logits
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 2
-    torch.testing.assert_close(load_hf(tmp_path / "shards")(x), want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(load_hf(tmp_path / "shards")(x), want, atol=1e-5, rtol=0)
 
     # As the first GPT-2 folders are: no prefix, masks among the weights.
     theirs.transformer.save_pretrained(tmp_path / "base")
@@ -129,13 +134,13 @@ def test_shards_buffers_base_models_and_a_stored_tied_head(tmp_path):
     tensors = load_file(file)
     assert "wte.weight" in tensors
     save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}, file)
-    torch.testing.assert_close(load_hf(tmp_path / "base")(x), want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(load_hf(tmp_path / "base")(x), want, atol=1e-5, rtol=0)
 
     # As the Qwen 3 folders are: tied, and the head is stored all the same.
     save_file(tensors | {"lm_head.weight": tensors["wte.weight"].clone()}, file)
-    torch.testing.assert_close(load_hf(tmp_path / "base")(x), want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(load_hf(tmp_path / "base")(x), want, atol=1e-5, rtol=0)
     save_file(tensors | {"lm_head.weight": tensors["wte.weight"] + 1}, file)
-    with pytest.raises(InputError, match="lm_head.weight must equal wte.weight, as tie_word_embeddings is true"):
+    with pytest.raises(InputError, match="lm_head.weight must equal the embedding, as tie_word_embeddings is true"):
         load_hf(tmp_path / "base")
 
 
@@ -174,7 +179,7 @@ def test_tokenizer_goes_along(tmp_path):
     save_hf(Decoder(config), tmp_path / "bpe", bpe)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "bpe")
     for text in texts:
-        assert theirs(text, add_special_tokens=False)["input_ids"] == bpe.encode(text).tolist() == theirs(text)["input_ids"]
+        assert theirs(text)["input_ids"] == bpe.encode(text).tolist()
     model = reload(tmp_path / "bpe")
     assert theirs.eos_token_id == model.config.eos_token_id == model.config.bos_token_id == bpe.end
     assert load_tokenizer(tmp_path / "bpe").fingerprint() == bpe.fingerprint()
@@ -199,8 +204,7 @@ SCALING = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, ori
 def test_configs_survive_the_round_trip(config):
     hf = json.loads(json.dumps(config_to_hf(config)))
     back = config_from_hf(hf)
-    assert dataclasses.replace(back, kv_heads=back.G, head_dim=back.D) == dataclasses.replace(
-        config, kv_heads=config.G, head_dim=config.D)
+    assert plain(back) == plain(config)
     theirs = transformers.AutoConfig.for_model(**hf)
     assert theirs.model_type == hf["model_type"]
     if config.positions == "rope":
@@ -222,7 +226,8 @@ def test_presets_have_the_sizes_of_their_models(name, count):
 LLAMA_JSON = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
               "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
               "max_position_embeddings": 64}  # fmt: skip
-SIZES = {key: value for key, value in LLAMA_JSON.items() if key != "model_type"}
+MISTRAL_JSON, QWEN3_JSON = (LLAMA_JSON | {"model_type": name} for name in ("mistral", "qwen3"))
+SAME = "layer_types must be the same for all layers and fit sliding_window="
 GPT2_JSON = {"model_type": "gpt2"} | GPT2
 
 
@@ -230,7 +235,8 @@ def test_keys_of_transformers_4_and_5():
     five = LLAMA_JSON | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}
     four = LLAMA_JSON | {"rope_theta": 500000, "rope_scaling": {"type": "llama3", **LLAMA3}}
     assert config_from_hf(five) == config_from_hf(four) == config_from_hf(four | five)
-    assert config_from_hf(five).rope_scaling == RopeScaling(4.0, 1.0, 4.0, 16) and config_from_hf(five).rope_theta == 5e5
+    assert config_from_hf(five).rope_scaling == RopeScaling(4.0, 1.0, 4.0, 16)
+    assert config_from_hf(five).rope_theta == 5e5
     plain = config_from_hf(LLAMA_JSON)
     assert plain.rope_theta == 10000.0 and plain.rope_scaling is None and not plain.tied and plain.norm_eps == 1e-6
     assert config_from_hf(LLAMA_JSON | {"rope_scaling": {"type": "default"}, "rope_theta": 10000}) == plain
@@ -240,10 +246,9 @@ def test_keys_of_transformers_4_and_5():
 
 
 def test_windows():
-    mistral = LLAMA_JSON | {"model_type": "mistral"}
-    assert config_from_hf(mistral).window == 4096
-    assert config_from_hf(mistral | {"sliding_window": None}).window is None
-    qwen3 = LLAMA_JSON | {"model_type": "qwen3", "head_dim": 8, "sliding_window": 9}
+    assert config_from_hf(MISTRAL_JSON).window == 4096
+    assert config_from_hf(MISTRAL_JSON | {"sliding_window": None}).window is None
+    qwen3 = QWEN3_JSON | {"head_dim": 8, "sliding_window": 9}
     assert config_from_hf(qwen3).window is None
     on = qwen3 | {"use_sliding_window": True}
     assert config_from_hf(on | {"max_window_layers": 0}).window == 9
@@ -260,37 +265,43 @@ def test_windows():
     (LLAMA_JSON | {"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
     (LLAMA_JSON | {"attention_bias": True}, "attention_bias must be False, got True"),
     (LLAMA_JSON | {"mlp_bias": True}, "mlp_bias must be False, got True"),
-    (LLAMA_JSON | {"model_type": "qwen3", "attention_bias": True}, "attention_bias must be False, got True"),
+    (QWEN3_JSON | {"attention_bias": True}, "attention_bias must be False, got True"),
     (LLAMA_JSON | {"quantization_config": {"bits": 4}}, "quantization_config must be absent, got {'bits': 4}"),
-    (LLAMA_JSON | {"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer, got '2'"),
-    (LLAMA_JSON | {"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, got True"),
-    (LLAMA_JSON | {"hidden_size": -32}, "hidden_size must be a positive integer, got -32"),
-    (LLAMA_JSON | {"hidden_size": None}, "hidden_size must be a positive integer, got None"),
-    (LLAMA_JSON | {"hidden_size": 10**40}, "hidden_size must be a positive integer, got 1000"),
+    (LLAMA_JSON | {"num_hidden_layers": "2"}, "num_hidden_layers must be an integer > 0, got '2'"),
+    (LLAMA_JSON | {"num_hidden_layers": True}, "num_hidden_layers must be an integer > 0, got True"),
+    (LLAMA_JSON | {"hidden_size": -32}, "hidden_size must be an integer > 0, got -32"),
+    (LLAMA_JSON | {"hidden_size": None}, "hidden_size must be an integer > 0, got None"),
+    (LLAMA_JSON | {"hidden_size": 10**40}, "hidden_size must be an integer > 0, got 1000"),
     (LLAMA_JSON | {"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a positive number, got '1e-5'"),
     (LLAMA_JSON | {"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
     (LLAMA_JSON | {"num_attention_heads": 3}, "hidden_size must be a multiple of num_attention_heads=3, got 32"),
-    (LLAMA_JSON | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type must be default or llama3, got 'yarn'"),
-    (LLAMA_JSON | {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type must be default or llama3, got 'linear'"),
+    (LLAMA_JSON | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+     "rope_scaling.rope_type must be default or llama3, got 'yarn'"),
+    (LLAMA_JSON | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+     "rope_scaling.rope_type must be default or llama3, got 'linear'"),
     (LLAMA_JSON | {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
-     "rope_scaling.high_freq_factor must be given for rope_type llama3, got None"),
+     "rope_scaling.low_freq_factor must be a positive number, got None"),
     (LLAMA_JSON | {"rope_scaling": LLAMA3 | {"factor": "4"}}, "rope_scaling.factor must be a positive number, got '4'"),
-    (LLAMA_JSON | {"rope_scaling": LLAMA3 | {"beta_fast": 3}}, "rope_scaling.beta_fast must be absent with rope_type llama3"),
+    (LLAMA_JSON | {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+     "rope_scaling.low_freq_factor must be less than high_freq_factor, got 4.0"),
+    (LLAMA_JSON | {"rope_scaling": LLAMA3 | {"beta_fast": 3}},
+     "rope_scaling.beta_fast must be absent with rope_type llama3"),
     (LLAMA_JSON | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention must be absent with"),
     (LLAMA_JSON | {"rope_scaling": "llama3"}, "rope_scaling must be a JSON object, got 'llama3'"),
     (LLAMA_JSON | {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}},
      "rope_parameters.rope_theta must be 10000.0, as it also says, got 500000.0"),
     (LLAMA_JSON | {"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
     (LLAMA_JSON | {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0, got 0.5"),
-    (LLAMA_JSON | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must be the same for all layers"),
-    (LLAMA_JSON | {"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "layer_types must be the same for all layers"),
-    (LLAMA_JSON | {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 1},
+    (LLAMA_JSON | {"layer_types": ["full_attention", "sliding_attention"]}, SAME),
+    (MISTRAL_JSON | {"layer_types": ["full_attention"] * 2}, SAME),
+    (QWEN3_JSON | {"use_sliding_window": True, "max_window_layers": 1},
      "max_window_layers must be the same for all layers and fit sliding_window=4096, got 1"),
-    (LLAMA_JSON | {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "layer_types must be the same for all layers"),
+    (QWEN3_JSON | {"layer_types": ["sliding_attention"] * 2}, SAME),
     (LLAMA_JSON | {"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads=3, got 4"),
-    (LLAMA_JSON | {"model_type": "qwen3", "layer_types": ["chunked_attention"] * 2}, "layer_types must be the same for all layers"),
-    (LLAMA_JSON | {"model_type": "qwen3", "layer_types": [[]]}, "layer_types must be the same for all layers"),
-    (GPT2_JSON | {"activation_function": "relu"}, "activation_function must be one of gelu_new, gelu_pytorch_tanh, gelu, got"),
+    (QWEN3_JSON | {"layer_types": ["chunked_attention"] * 2}, SAME),
+    (QWEN3_JSON | {"layer_types": [[]]}, SAME),
+    (GPT2_JSON | {"activation_function": "relu"},
+     "activation_function must be one of gelu_new, gelu_pytorch_tanh, gelu, got 'relu'"),
     (GPT2_JSON | {"activation_function": ["gelu"]}, "activation_function must be one of"),
     (GPT2_JSON | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx must be False, got True"),
     (GPT2_JSON | {"scale_attn_weights": False}, "scale_attn_weights must be True, got False"),
@@ -333,12 +344,12 @@ def test_tensors_that_do_not_fit(folder):
     file, q = folder / "model.safetensors", "model.layers.1.self_attn.q_proj.weight"
     tensors = load_file(file)
     for damage, message in (
-        ({q: None}, f"missing tensor {q}; wanted 21 tensors, got 20"),
-        ({q: None, "lm_head.weight": None}, "missing tensor lm_head.weight and 1 more; wanted 21 tensors, got 19"),
+        ({q: None}, f"missing tensor {q}: wanted 21, got 20"),
+        ({q: None, "lm_head.weight": None}, "missing tensor lm_head.weight and 1 more: wanted 21, got 19"),
         ({"model.layers.2.mlp.down_proj.weight": torch.ones(2)}, "unknown tensor model.layers.2.mlp.down_proj.weight"),
-        ({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, "unknown tensor model.layers.0.self_attn.q_proj.bias"),
-        ({q: torch.ones(16, 32)}, f"tensor {q} must be (32, 32) of floating numbers, got (16, 32, 'float32')"),
-        ({q: torch.ones(32, 32, dtype=torch.int8)}, f"tensor {q} must be (32, 32) of floating numbers, got (32, 32, 'int8')"),
+        ({q.replace("weight", "bias"): torch.ones(32)}, "unknown tensor model.layers.1.self_attn.q_proj.bias"),
+        ({q: torch.ones(16, 32)}, f"tensor {q} must be (32, 32), floating, got '(16, 32), float32'"),
+        ({q: torch.ones(32, 32, dtype=torch.int8)}, f"tensor {q} must be (32, 32), floating, got '(32, 32), int8'"),
     ):
         save_file({key: t for key, t in (tensors | damage).items() if t is not None}, file)
         with pytest.raises(InputError, match=re.escape(f"{folder}: {message}")):
@@ -358,7 +369,7 @@ def test_sizes_that_do_not_fit(folder):
 
 
 def test_folders_that_are_none(folder, tmp_path):
-    with pytest.raises(InputError, match="openai/gpt2: wanted a Hugging Face folder on this machine, with a config.json"):
+    with pytest.raises(InputError, match="openai/gpt2: wanted a Hugging Face folder on this machine, with a "):
         load_hf("openai/gpt2")
     (folder / "model.safetensors").rename(folder / "other.safetensors")
     with pytest.raises(InputError, match="wanted model.safetensors or model.safetensors.index.json, found neither$"):
@@ -375,8 +386,8 @@ def test_an_index_cannot_leave_its_folder(folder):
     outside = folder.parent / "outside.safetensors"
     (folder / "model.safetensors").rename(outside)
     index = folder / "model.safetensors.index.json"
-    names = ("../outside.safetensors", str(outside), "a/../../outside.safetensors", ".hidden.safetensors", "x.bin", 3, None)
-    for name in names:
+    up = "../outside.safetensors"
+    for name in (up, str(outside), f"a/../{up}", f"a.safetensors/../{up}", ".x.safetensors", "x.bin", 3):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         with pytest.raises(InputError, match="weight_map must be to .safetensors files beside it, got"):
             load_hf(folder)
@@ -390,8 +401,8 @@ def test_an_index_cannot_leave_its_folder(folder):
     tensors = load_file(outside)
     save_file(tensors, folder / "a.safetensors")
     save_file({"model.norm.weight": tensors["model.norm.weight"]}, folder / "b.safetensors")
-    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "b.safetensors", "lm_head.weight": "a.safetensors"}}))
-    with pytest.raises(InputError, match="tensor model.norm.weight must be in one file, got .'a.safetensors', 'b.safetensors'"):
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "b.safetensors", "x": "a.safetensors"}}))
+    with pytest.raises(InputError, match="norm.weight must be in one file, got .'a.safetensors', 'b.safetensors'"):
         load_hf(folder)
 
 
@@ -401,5 +412,5 @@ def test_an_export_that_cannot_be_written(tmp_path):
         save_hf(Decoder(SMALL), tmp_path / "file")
     model = Decoder(SMALL)
     model.layers[0].qkv.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(InputError, match="layers.0.qkv.extra.weight has no place in a LlamaForCausalLM: merge or remove"):
+    with pytest.raises(InputError, match="layers.0.qkv.extra.weight has no place in a LlamaForCausalLM: merge"):
         save_hf(model, tmp_path / "out")

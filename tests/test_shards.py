@@ -278,6 +278,22 @@ def test_build_splits_and_encodes(texts: Path, tmp_path: Path, monkeypatch: pyte
     assert json.loads((tmp_path / "out" / "shards.json").read_text())["skipped"] == 1
 
 
+class Lossy(ByteTokenizer):
+    """A tokenizer whose sizes are not exact, as those that are not byte-level."""
+
+    def token_bytes(self) -> np.ndarray:
+        return 2 * super().token_bytes()
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(b"lossy").hexdigest()
+
+
+def test_build_counts_the_text_itself(texts: Path, tmp_path: Path):
+    built = build_shards(str(texts), Lossy(), tmp_path / "out")
+    text = sum(len(d.text.encode()) for d in read_documents(str(texts)))
+    assert sum(shard.text_bytes for shard in built) == text
+
+
 def test_build_of_one_file_cuts_its_tail(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_text("line\n" * 1000)

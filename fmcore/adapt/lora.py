@@ -15,7 +15,7 @@ Source: Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732 (
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmcore.errors import InputError
+from fmcore.files import check_safetensors, read_json, read_safetensors, write_json, write_safetensors
 from fmcore.models.decoder import Config, Decoder
-from fmcore.train.checkpoint import check_safetensors, read_json, read_safetensors, write_json, write_safetensors
+from fmcore.models.hf import GPT2, LLAMA, Family
 
 WEIGHTS, SETTINGS, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
@@ -69,28 +70,30 @@ class Projection:
     hf: str  # path below a block of the Hugging Face model
 
 
+def _family(config: Config) -> Family:
+    """The one whose names the adapter uses: Llama, Mistral and Qwen3 have the same."""
+    return GPT2 if config.positions == "learned" and config.activation != "swiglu" else LLAMA
+
+
 def projections(config: Config) -> list[Projection]:
     """The linear layers of one block, in the order in which the fused layers hold them."""
     C, F, H, G, D = config.width, config.ffn, config.heads, config.G, config.D
-    gpt2 = config.positions == "learned"
-    swiglu = config.activation == "swiglu"
-    attn, mlp = ("attn", "mlp") if gpt2 else ("self_attn", "mlp")
-    qkv = [("qkv", (H + 2 * G) * D, "c_attn")] if gpt2 else [("q", H * D, "q_proj"), ("k", G * D, "k_proj"),
-                                                              ("v", G * D, "v_proj")]
-    up = [("gate", F, "gate_proj")] * swiglu + [("up", F, "c_fc" if gpt2 else "up_proj")]
-    layers = {"qkv": (attn, qkv), "out": (attn, [("o", C, "c_proj" if gpt2 else "o_proj")]),
-              "up": (mlp, up), "down": (mlp, [("down", C, "c_proj" if gpt2 else "down_proj")])}
+    family = _family(config)
+    split = len(family.layer["qkv"]) > 1
+    layers = {
+        "qkv": {"q": H * D, "k": G * D, "v": G * D} if split else {"qkv": (H + 2 * G) * D},
+        "out": {"o": C},
+        "up": {"gate": F, "up": F} if config.activation == "swiglu" else {"up": F},
+        "down": {"down": C},
+    }
     found = []
-    for layer, (part, members) in layers.items():
+    for layer, members in layers.items():
         at = 0
-        for target, rows, name in members:
-            found.append(Projection(target, layer, slice(at, at + rows), f"{part}.{name}"))
+        # From the end: a Llama with GELU has no gate, which comes first.
+        for (target, rows), path in zip(members.items(), family.layer[layer][-len(members):], strict=True):
+            found.append(Projection(target, layer, slice(at, at + rows), path))
             at += rows
     return found
-
-
-def _block_path(config: Config, i: int) -> str:
-    return f"transformer.h.{i}." if config.positions == "learned" else f"model.layers.{i}."
 
 
 def _targeted(config: Config, targets: tuple[str, ...] | str) -> list[Projection]:
@@ -124,7 +127,7 @@ class _LoraProduct(torch.autograd.Function):
         ds = torch.cat([dy[:, part] @ b_i for part, _, b_i in pieces], 1).mul_(ctx.scale)  # (M, nR)
         db = torch.cat([dy[:, part].T @ s_i for part, s_i, _ in pieces]).mul_(ctx.scale) if need_b else None
         dx = dy @ w if need_x else None
-        if need_x and dropped is None:
+        if dx is not None and dropped is None:
             dx.addmm_(ds, a)
         return (dx, ds @ a if need_dropped else None, dy.T @ x if need_w else None, dy.sum(0) if need_bias else None,
                 ds.T @ (x if dropped is None else dropped) if need_a else None, db, None, None)
@@ -144,10 +147,11 @@ class LoraLinear(nn.Linear):
     def __init__(self, base: nn.Linear, rows: tuple[slice, ...], config: LoraConfig, generator: torch.Generator):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.rows, self.scale, self.dropout, self.enabled = rows, config.scale, config.dropout, True
+        self.config, self.rows, self.enabled = config, rows, True
         # PEFT's start: kaiming_uniform with a = sqrt(5), which is this bound, and B = 0: the adapter starts as nothing.
         bound = base.in_features**-0.5
-        a = torch.empty(len(rows) * config.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        a = torch.empty(len(rows) * config.rank, base.in_features, dtype=torch.float32, device="cpu")
+        a.uniform_(-bound, bound, generator=generator)
         self.lora_a = nn.Parameter(a.to(self.weight))
         self.lora_b = nn.Parameter(self.weight.new_zeros(sum(part.stop - part.start for part in rows), config.rank))
 
@@ -155,24 +159,26 @@ class LoraLinear(nn.Linear):
         if not self.enabled:
             return F.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
-        dropped = F.dropout(flat, self.dropout) if self.training and self.dropout else None
-        y = _LoraProduct.apply(flat, dropped, self.weight, self.bias, self.lora_a, self.lora_b, self.rows, self.scale)
+        dropped = F.dropout(flat, self.config.dropout) if self.training and self.config.dropout else None
+        y = _LoraProduct.apply(flat, dropped, self.weight, self.bias, self.lora_a, self.lora_b, self.rows,
+                               self.config.scale)
         return y.unflatten(0, x.shape[:-1])
 
     @torch.no_grad()
     def merge(self) -> None:
         """W += s B A, formed in fp32 at least and rounded once."""
-        R = self.lora_b.shape[1]
         wide = torch.promote_types(self.weight.dtype, torch.float32)
-        for part, a_i, b_i in zip(self.rows, self.lora_a.split(R), self._b_parts(), strict=True):
-            w = torch.addmm(self.weight[part].to(wide), b_i.to(wide), a_i.to(wide), alpha=self.scale)
+        for part, a_i, b_i in zip(self.rows, *self.parts(), strict=True):
+            w = torch.addmm(self.weight[part].to(wide), b_i.to(wide), a_i.to(wide), alpha=self.config.scale)
             self.weight[part] = w.to(self.weight.dtype)
 
-    def _b_parts(self) -> tuple[Tensor, ...]:
-        return self.lora_b.split([part.stop - part.start for part in self.rows])
+    def parts(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Each A_i (R, K) and each B_i (rows, R), as views."""
+        sizes = [part.stop - part.start for part in self.rows]
+        return self.lora_a.split(self.config.rank), self.lora_b.split(sizes)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.lora_b.shape[1]}, projections={len(self.rows)}"
+        return f"{super().extra_repr()}, rank={self.config.rank}, projections={len(self.rows)}"
 
 
 def lora_modules(model: nn.Module) -> list[LoraLinear]:
@@ -209,7 +215,6 @@ def add_lora(model: Decoder, config: LoraConfig, seed: int = 0) -> Decoder:
         for name in dict.fromkeys(p.layer for p in chosen):
             rows = tuple(p.rows for p in chosen if p.layer == name)
             setattr(block, name, LoraLinear(getattr(block, name), rows, config, generator).train(block.training))
-    model.lora = config
     return model
 
 
@@ -239,14 +244,14 @@ def merge_lora(model: Decoder) -> Decoder:
                 plain = nn.Linear(m.in_features, m.out_features, bias=False, device="meta")
                 plain.weight, plain.bias = m.weight, m.bias
                 setattr(block, name, plain.train(m.training))
-    del model.lora
     return model.requires_grad_(True)
 
 
 def _adapter_config(model: Decoder) -> LoraConfig:
-    if not lora_modules(model):
+    modules = lora_modules(model)
+    if not modules:
         raise InputError("lora: wanted a model with an adapter, got one without; add_lora or load_adapter gives it one")
-    return model.lora
+    return modules[0].config
 
 
 def _tensors(model: Decoder, config: LoraConfig) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -256,8 +261,8 @@ def _tensors(model: Decoder, config: LoraConfig) -> Iterator[tuple[str, Tensor, 
         for layer in dict.fromkeys(p.layer for p in chosen):
             m = getattr(block, layer)
             names = [p.hf for p in chosen if p.layer == layer]
-            for name, a, b in zip(names, m.lora_a.split(config.rank), m._b_parts(), strict=True):
-                yield _block_path(model.config, i) + name, a, b
+            for name, a, b in zip(names, *m.parts(), strict=True):
+                yield f"{_family(model.config).blocks}{i}.{name}", a, b
 
 
 def save_adapter(model: Decoder, folder: Path | str, base: str | None = None) -> Path:
@@ -272,14 +277,14 @@ def save_adapter(model: Decoder, folder: Path | str, base: str | None = None) ->
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"{folder}: cannot make a folder for the adapter ({e.strerror})") from e
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path, a, b in _tensors(model, config):
         tensors |= {f"{PREFIX}{path}.lora_A.weight": a.detach(), f"{PREFIX}{path}.lora_B.weight": b.detach()}
     write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_json(folder / SETTINGS, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "use_rslora": config.rslora,
-        "target_modules": _peft_targets(model.config, config), "fan_in_fan_out": model.config.positions == "learned",
+        "target_modules": _peft_targets(model.config, config), "fan_in_fan_out": _family(model.config).conv1d,
         "bias": "none", "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
     })  # fmt: skip
     return folder
@@ -299,7 +304,7 @@ _READ = {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "fan_in_fan_out",
     "init_lora_weights", "eva_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
-_UNUSED = (None, False, [], {}, "none")
+_UNUSED: tuple[Any, ...] = (None, False, [], {}, "none")
 # Other ways to start (PiSSA, OLoRA, CorDA, LoftQ ...) move the base weights, so the adapter alone is not enough.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -313,21 +318,20 @@ def load_adapter(model: Decoder, folder: Path | str) -> Decoder:
     """
     folder = Path(folder)
     settings = read_json(folder / SETTINGS)
-    _check_settings(folder / SETTINGS, settings)
+    config = _check_settings(folder / SETTINGS, settings)
     header = check_safetensors(folder / WEIGHTS)
-    targets = _check_tensors(folder / WEIGHTS, model, header, settings["r"])
+    targets = _check_tensors(folder / WEIGHTS, model, header, config.rank)
     _check_targets(folder / SETTINGS, model, settings.get("target_modules"), targets)
-    config = LoraConfig(settings["r"], settings["lora_alpha"], settings.get("lora_dropout", 0.0), targets,
-                        settings.get("use_rslora", False))
-    if lora_modules(model):
-        has = model.lora
+    config = replace(config, targets=targets)
+    if adapted := bool(lora_modules(model)):
+        has = _adapter_config(model)
         if (has.rank, has.scale, _targeted(model.config, has.targets)) != (
                 config.rank, config.scale, _targeted(model.config, targets)):  # fmt: skip
             raise InputError(f"{folder}: wanted an adapter like the one the model has, rank {has.rank} and scale "
                              f"{has.scale:g} on {has.targets}, got rank {config.rank} and scale {config.scale:g} on "
                              f"{targets}; load it into the base model")
     tensors = read_safetensors(folder / WEIGHTS)
-    if not lora_modules(model):
+    if not adapted:
         add_lora(model, config)
     with torch.no_grad():
         for path, a, b in _tensors(model, config):
@@ -336,7 +340,8 @@ def load_adapter(model: Decoder, folder: Path | str) -> Decoder:
     return model
 
 
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+def _check_settings(path: Path, settings: dict[str, Any]) -> LoraConfig:
+    """What they say, but for the targets; the defaults are PEFT's."""
     if settings.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type must be 'LORA', got {_short(settings.get('peft_type'))}")
     for name, value in settings.items():
@@ -348,7 +353,8 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     if not isinstance(settings.get("use_rslora", False), bool):
         raise InputError(f"{path}: use_rslora must be true or false, got {_short(settings['use_rslora'])}")
     try:
-        LoraConfig(settings.get("r"), settings.get("lora_alpha"), settings.get("lora_dropout", 0.0))
+        return LoraConfig(settings.get("r", 8), settings.get("lora_alpha", 8), settings.get("lora_dropout", 0.0),
+                          rslora=settings.get("use_rslora", False))
     except InputError as e:
         raise InputError(f"{path}: {str(e)[:200]}") from None
 
@@ -359,7 +365,7 @@ def _check_tensors(path: Path, model: Decoder, header: dict[str, tuple[torch.dty
     wanted: dict[str, tuple[str, tuple[int, int]]] = {}
     for i, block in enumerate(model.layers):
         for p in projections(model.config):
-            name = f"{PREFIX}{_block_path(model.config, i)}{p.hf}"
+            name = f"{PREFIX}{_family(model.config).blocks}{i}.{p.hf}"
             wanted[f"{name}.lora_A.weight"] = p.target, (rank, getattr(block, p.layer).in_features)
             wanted[f"{name}.lora_B.weight"] = p.target, (p.rows.stop - p.rows.start, rank)
     for name, (dtype, shape) in header.items():
@@ -382,7 +388,7 @@ def _check_targets(path: Path, model: Decoder, named: Any, targets: tuple[str, .
         return
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise InputError(f"{path}: target_modules must be a list of names, got {_short(named)}")
-    paths = {_block_path(model.config, i) + p.hf: p.target
+    paths = {f"{_family(model.config).blocks}{i}.{p.hf}": p.target
              for i in range(model.config.layers) for p in projections(model.config)}  # fmt: skip
     meant = set()
     for name in named:

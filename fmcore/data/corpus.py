@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fmcore.errors import InputError
+from fmcore.files import one_line, read_bytes, reason
 
 SOURCES = "'stdlib', 'topics', a text file, a .jsonl file, a folder or 'hf:org/name'"
 LIBRARY_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -181,7 +182,7 @@ def _files(source: str) -> list[tuple[str, str]]:
 
 def _below(folder: str, wanted: Any) -> list[tuple[str, str]]:
     def refuse(e: OSError) -> None:
-        raise InputError(f"{e.filename}: cannot be read: {e.strerror}") from e
+        raise InputError(f"{e.filename}: cannot be read ({reason(e)})") from e
 
     found = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
@@ -197,21 +198,13 @@ def _read_files(files: list[tuple[str, str]], field: str, skipped: list[str], al
         if name.endswith(".jsonl"):
             yield from _json_lines(name, path, field)
             continue
-        data = _read(path)
-        problem, text = _decoded(data)
+        problem, text = _decoded(read_bytes(path))
         if problem and alone:
             raise InputError(f"{path}: wanted UTF-8 text, got {problem}")
         if problem:
             skipped.append(name)
         else:
             yield Document(name, text)
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror}") from e
 
 
 def _decoded(data: bytes) -> tuple[str, str]:
@@ -231,7 +224,7 @@ def _json_lines(name: str, path: str, field: str) -> Iterator[Document]:
                 if line.strip():
                     yield Document(f"{name}:{number}", _field(line, field, f"{path}:{number}"))
     except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror}") from e
+        raise InputError(f"{path}: cannot be read ({reason(e)})") from e
 
 
 def _field(line: bytes, field: str, where: str) -> str:
@@ -239,7 +232,7 @@ def _field(line: bytes, field: str, where: str) -> str:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{wanted} {' '.join(str(e).split())}") from None
+        raise InputError(f"{wanted} {one_line(e)}") from None
     if not isinstance(value, dict):
         raise InputError(f"{wanted} a {type(value).__name__}")
     return _checked_text(value, field, wanted)
@@ -280,7 +273,7 @@ def _data_set(source: str, field: str) -> Iterator[Document]:
     try:
         rows = datasets.load_dataset("/".join(parts[:2]), config, split=split or "train")
     except Exception as e:
-        raise InputError(f"{source}: could not be loaded: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from e
+        raise InputError(f"{source}: could not be loaded: {type(e).__name__}: {one_line(e)}") from e
     wanted = f"wanted a text in field {field!r}, got"
     return (Document(f"{path}:{i}", _checked_text(row, field, f"{source}: row {i}: {wanted}"))
             for i, row in enumerate(rows))

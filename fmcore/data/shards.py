@@ -7,7 +7,6 @@ too. Header, little endian: magic, version, bytes per id, count, vocabulary size
 text, documents, sha256 of the ids, fingerprint of the tokenizer, sha256 of the header up to here, zeros.
 """
 import hashlib
-import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from fmcore.data.corpus import Document, describe_source, plan_split, read_documents
-from fmcore.data.tokenizer import Tokenizer, write_text
+from fmcore.data.tokenizer import Tokenizer
 from fmcore.errors import InputError
+from fmcore.files import read_json, reason, write_json
 
 MAGIC = b"FMSHARD\0"
 VERSION = 1
@@ -64,7 +64,7 @@ class Shard:
                 header = file.read(HEADER_BYTES)
                 size = os.fstat(file.fileno()).st_size
         except OSError as e:
-            raise InputError(f"{path}: wanted a token shard, got {e.strerror}") from e
+            raise InputError(f"{path}: wanted a token shard, got {reason(e)}") from e
         shard = cls._from_header(path, header, size)
         if verify:
             shard._verify()
@@ -203,7 +203,7 @@ class ShardWriter:
             self._beside.unlink()
 
     def _refused(self, e: OSError) -> InputError:
-        return InputError(f"{self.path}: the shard could not be written: {e.strerror or e}; nothing was left behind")
+        return InputError(f"{self.path}: the shard could not be written: {reason(e)}; nothing was left behind")
 
 
 def write_shard(path: str | os.PathLike[str], documents: Iterable[np.ndarray], tokenizer: Tokenizer) -> None:
@@ -232,8 +232,7 @@ def build_shards(source: str, tokenizer: Tokenizer, folder: str | os.PathLike[st
         (folder / RECORD).unlink()
     skipped = _encode(source, tokenizer, folder, held_out, progress or (lambda done, total: None), field)
     shards = Shard.open(folder / TRAIN), Shard.open(folder / HELD_OUT)
-    record = wanted | {"sha256": [shard.sha256 for shard in shards], "skipped": skipped}
-    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    write_json(folder / RECORD, wanted | {"sha256": [shard.sha256 for shard in shards], "skipped": skipped})
     return shards
 
 
@@ -253,11 +252,11 @@ def _sealed(fields: bytes) -> bytes:
 def _matching(folder: Path, wanted: dict[str, Any]) -> tuple[Shard, Shard] | None:
     """The shards of `folder` when its record says what is wanted and they are whole."""
     try:
-        record = json.loads((folder / RECORD).read_bytes())
-        if not isinstance(record, dict) or any(record.get(key) != value for key, value in wanted.items()):
+        record = read_json(folder / RECORD)
+        if any(record.get(key) != value for key, value in wanted.items()):
             return None
         shards = Shard.open(folder / TRAIN), Shard.open(folder / HELD_OUT)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
     return shards if record.get("sha256") == [shard.sha256 for shard in shards] else None
 

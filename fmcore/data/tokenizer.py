@@ -5,20 +5,20 @@
 Every tokenizer has one separator token, `end`, that stands between documents and for no text. `encode` never yields it:
 text that happens to spell a special token is encoded as ordinary text.
 """
-import codecs
 import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fmcore.data.decoding import UNKNOWN, StreamDecoder, joined
 from fmcore.errors import InputError
+from fmcore.files import make_folder, one_line, read_json, write_json, write_text
 
 SAVED_FORM = "fmcore_tokenizer.json"
 HF_FORM = "tokenizer.json"
@@ -28,9 +28,6 @@ USUAL_ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>
 # A word with the character in front of it (space, underscore, dot), up to three digits, a run of punctuation with its
 # line ends, blank lines, and indentation without the last space, which belongs to the word after it.
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-# A model may have more rows than its tokenizer has tokens, so sampling can yield an id that stands for nothing.
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer(ABC):
@@ -61,7 +58,7 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text of `ids`: `end` gives none, bytes that are no UTF-8 and ids out of range give U+FFFD."""
 
-    def stream(self) -> "StreamDecoder":
+    def stream(self) -> StreamDecoder:
         """A decoder that is fed ids as they are sampled."""
         return StreamDecoder(self)
 
@@ -78,42 +75,6 @@ class Tokenizer(ABC):
         """Write into `folder` what `load_tokenizer(folder)` reads; returns the path of the fmcore form."""
 
 
-class StreamDecoder:
-    """Text as it grows: bytes of an incomplete UTF-8 character are held back until the rest comes.
-
-    What `push` returned, joined, followed by `finish`, equals `tokenizer.decode` of all ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._shown: list[int] = []
-        self._held: list[int] = []
-
-    def push(self, ids: int | Iterable[int] | np.ndarray) -> str:
-        """The text that became certain with `ids` (one id or several)."""
-        new = [int(ids)] if isinstance(ids, (int, np.integer)) else [int(i) for i in ids]
-        if self._tokenizer.table is not None:
-            return self._utf8.decode(_joined(self._tokenizer.table, new))
-        self._held += new
-        text = self._after_shown()
-        if not text or text.endswith(UNKNOWN):
-            return ""
-        self._shown, self._held = self._held, []
-        return text
-
-    def finish(self) -> str:
-        """What was still held back; the decoder is fresh afterwards."""
-        rest = self._utf8.decode(b"", final=True) if self._tokenizer.table is not None else self._after_shown()
-        self._utf8.reset()
-        self._shown, self._held = [], []
-        return rest
-
-    def _after_shown(self) -> str:
-        # Other decoders look at neighbours (is there a space before this word?), so what was shown last goes along.
-        return self._tokenizer.decode(self._shown + self._held)[len(self._tokenizer.decode(self._shown)):]
-
-
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are bytes of UTF-8, 256 is the separator. Needs nothing and fits any text."""
 
@@ -125,7 +86,7 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(_utf8(text), np.uint8).astype(np.uint16)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        return _joined(self.table, ids).decode("utf-8", errors="replace")
+        return joined(self.table, ids).decode("utf-8", errors="replace")
 
     def token_bytes(self) -> np.ndarray:
         return np.array([1] * 256 + [0], np.int32)
@@ -179,12 +140,8 @@ class BPETokenizer(Tokenizer):
         return cls(hf, END)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], end: str | None = None) -> "BPETokenizer":
-        """Any `tokenizer.json`; `end` names its separator, otherwise the usual names are looked for."""
-        return cls._from_json(_read_json(Path(path)), end, str(path))
-
-    @classmethod
-    def _from_json(cls, definition: dict[str, Any], end: str | None, name: str) -> "BPETokenizer":
+    def from_json(cls, definition: dict[str, Any], end: str | None = None, name: str = HF_FORM) -> "BPETokenizer":
+        """What any `tokenizer.json` holds; `end` names its separator, otherwise the usual names are looked for."""
         lib = _tokenizers()
         # `tokenizers` raises bare Exception for a definition it does not take.
         try:
@@ -193,7 +150,7 @@ class BPETokenizer(Tokenizer):
             raise
         except Exception as e:
             raise InputError(f"{name}: wanted a Hugging Face tokenizer.json, got one that cannot be loaded: "
-                             f"{_line(e)}") from e
+                             f"{one_line(e)}") from e
 
     def _table(self) -> tuple[bytes, ...] | None:
         decoder = json.loads(self.hf.to_str()).get("decoder") or {}
@@ -222,7 +179,7 @@ class BPETokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         if self.table is not None:
-            return _joined(self.table, ids).decode("utf-8", errors="replace")
+            return joined(self.table, ids).decode("utf-8", errors="replace")
         text, run = [], []
         # The library drops ids it does not know; here they show, as they do in the byte-level case.
         for i in (int(i) for i in ids):
@@ -259,7 +216,7 @@ class BPETokenizer(Tokenizer):
         return self._fingerprint
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        write_text(Path(folder) / HF_FORM, self.hf.to_str(pretty=True))
+        write_text(make_folder(folder) / HF_FORM, self.hf.to_str(pretty=True))
         return _save_form(folder, {"kind": "bpe", "end": self.end_text, "fingerprint": self.fingerprint()})
 
 
@@ -271,21 +228,24 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], end: str | None = None)
     if name_or_path == "byte":
         return ByteTokenizer()
     path = Path(name_or_path)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = [path / name for name in (SAVED_FORM, HF_FORM) if (path / name).is_file()]
         if not found:
             raise InputError(f"{path}: wanted a folder with {SAVED_FORM} or {HF_FORM}, got neither in it")
         path = found[0]
-    definition = _read_json(path)
+    if not os.path.exists(path):
+        raise InputError(f"{path}: wanted a tokenizer ('byte', a {HF_FORM} or a folder with one), found none")
+    definition = read_json(path)
     if definition.get("format") != "fmcore-tokenizer":
-        return BPETokenizer._from_json(definition, end, str(path))
+        return BPETokenizer.from_json(definition, end, str(path))
     if definition.get("kind") == "byte":
         tokenizer: Tokenizer = ByteTokenizer()
     elif definition.get("kind") == "bpe":
         saved_end = definition.get("end")
         if not isinstance(saved_end, str):
             raise InputError(f"{path}: end must be a string, got {saved_end!r}")
-        tokenizer = BPETokenizer.load(path.parent / HF_FORM, end or saved_end)
+        beside = path.parent / HF_FORM
+        tokenizer = BPETokenizer.from_json(read_json(beside), end or saved_end, str(beside))
     else:
         raise InputError(f"{path}: kind must be 'byte' or 'bpe', got {definition.get('kind')!r}")
     if end is None and definition.get("fingerprint") != tokenizer.fingerprint():
@@ -304,11 +264,6 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
-
-
-def _joined(table: Sequence[bytes], ids: Iterable[int] | np.ndarray) -> bytes:
-    numbers = ids.tolist() if isinstance(ids, np.ndarray) else ids
-    return b"".join(table[i] if 0 <= i < len(table) else UNKNOWN.encode() for i in numbers)
 
 
 def _utf8(text: str) -> bytes:
@@ -344,37 +299,7 @@ def _tokenizers() -> Any:
     return tokenizers
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as e:
-        raise InputError(f"{path}: wanted a tokenizer ('byte', a {HF_FORM} or a folder with one), got "
-                         f"{e.strerror or e}") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: wanted a tokenizer as JSON, got {_line(e)}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: wanted a tokenizer as a JSON object, got a {type(value).__name__}")
-    return value
-
-
 def _save_form(folder: str | os.PathLike[str], fields: dict[str, str]) -> Path:
-    path = Path(folder) / SAVED_FORM
-    write_text(path, json.dumps({"format": "fmcore-tokenizer", "version": 1, **fields}, indent=1) + "\n")
+    path = make_folder(folder) / SAVED_FORM
+    write_json(path, {"format": "fmcore-tokenizer", "version": 1, **fields})
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Written beside and renamed, so that a full disk leaves the old file. Raises InputError when it cannot be."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as e:
-        with suppress(OSError):
-            beside.unlink()
-        raise InputError(f"{path}: could not be written: {e.strerror or e}") from e
-
-
-def _line(e: BaseException) -> str:
-    return " ".join(str(e).split())[:200]

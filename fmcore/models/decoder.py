@@ -9,8 +9,10 @@ Tokens come packed: rows of (B, T), and inside a row documents that do not see e
 Activations are (M, C) with M = B * T from the first line to the last.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,13 @@ from fmcore import ops
 from fmcore.errors import InputError
 from fmcore.kernels.rope import RopeScaling, rope_tables
 from fmcore.nn import GELU, LayerNorm, RMSNorm, SwiGLU
+
+# A Config may come from a file, so its values are looked at: what is wanted of each type, and whether a value is that.
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a positive integer", lambda n: type(n) is int and n > 0),
+    float: ("a positive number", lambda x: type(x) in (int, float) and 0 < x < math.inf),
+    bool: ("true or false", lambda b: type(b) is bool),
+}
 
 
 @dataclass(frozen=True)
@@ -52,9 +61,12 @@ class Config:
                 raise InputError(f"config: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type in ("int", "int | None", int, int | None) and value is not None:
-                if not isinstance(value, int) or value < 1:
-                    raise InputError(f"config: {field.name} must be a positive integer, got {value!r}")
+            kind = int if field.type == int | None and value is not None else field.type
+            wanted, fits = _KINDS.get(kind, ("", None))
+            if fits and not fits(value):
+                raise InputError(f"config: {field.name} must be {wanted}, got {value!r}")
+        if self.rope_scaling is not None and not all(_KINDS[float][1](n) for n in astuple(self.rope_scaling)):
+            raise InputError(f"config: rope_scaling must hold positive numbers, got {self.rope_scaling}")
         if self.head_dim is None and self.width % self.heads:
             raise InputError(f"config: width must be a multiple of heads={self.heads}, got {self.width}")
         if self.heads % self.G:
@@ -164,7 +176,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The model of a Config, with fresh weights.
 
-    ``embed`` (V, C), ``pos`` (context, C) when positions are learned, ``layers``, ``norm``, ``head`` (V, C) unless tied.
+    ``embed`` (V, C), ``pos`` (context, C) for learned positions, ``layers``, ``norm``, ``head`` (V, C) unless tied.
     """
 
     def __init__(self, config: Config):
@@ -256,4 +268,4 @@ class Decoder(nn.Module):
 
     def linears(self) -> Iterator[tuple[str, nn.Linear]]:
         """Name and module of every linear layer inside the blocks, as adapters address them."""
-        return ((name, m) for name, m in self.named_modules() if isinstance(m, nn.Linear) and name.startswith("layers."))
+        return ((f"layers.{name}", m) for name, m in self.layers.named_modules() if isinstance(m, nn.Linear))

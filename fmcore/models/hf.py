@@ -22,14 +22,15 @@ from torch import Tensor
 
 from fmcore.check import FLOATS
 from fmcore.errors import InputError
+from fmcore.files import check_safetensors, read_json, read_safetensors, write_json, write_safetensors
 from fmcore.kernels.rope import RopeScaling
 from fmcore.models.decoder import Config, Decoder
-from fmcore.train.checkpoint import check_safetensors, read_json, read_safetensors, write_json, write_safetensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
 BUFFERS = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")  # constants that older versions stored
 GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}  # the first of equals is written
+Entry = tuple[Path, str, torch.dtype, tuple[int, ...]]  # of a stored tensor: file, name in it, dtype, shape
 FULL, SLIDING = {"full_attention"}, {"sliding_attention"}
 
 
@@ -102,10 +103,9 @@ def _value(where: Path | str, key: str, value: Any, kind: Any) -> Any:
         return value
     if kind is float and type(value) in (int, float) and 0 < value < math.inf:
         return float(value)
-    # Far from where products of sizes overflow int64 on their way to a clear message.
     if kind not in (bool, float) and type(value) is int and 0 < value < 1 << 31:
         return value
-    raise _refuse(where, key, {bool: "true or false", float: "a positive number"}.get(kind, "a positive integer"), value)
+    raise _refuse(where, key, {bool: "true or false", float: "a positive number"}.get(kind, "an integer > 0"), value)
 
 
 def _rope(where: Path | str, hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,19 +121,19 @@ def _rope(where: Path | str, hf: Mapping[str, Any]) -> dict[str, Any]:
             name = "rope_type" if key == "type" else key
             if value is not None and seen.setdefault(name, value) != value:
                 raise _refuse(where, f"{place}.{key}".strip("."), f"{seen[name]!r}, as it also says", value)
-    kind, theta = seen.pop("rope_type", "default"), _value(where, "rope_theta", seen.pop("rope_theta", 10000.0), float)
+    kind, part = seen.pop("rope_type", "default"), seen.pop("partial_rotary_factor", 1.0)
     if kind not in ("default", "llama3"):
         raise _refuse(where, "rope_scaling.rope_type", "default or llama3", kind)
-    if (part := seen.pop("partial_rotary_factor", 1.0)) != 1.0:
+    if part != 1.0:
         raise _refuse(where, "partial_rotary_factor", "1.0", part)
-    names = {f.name: f.type for f in fields(RopeScaling)} if kind == "llama3" else {}
-    if kind == "default":
-        seen.pop("original_max_position_embeddings", None)
-    if wrong := sorted(seen.keys() ^ names.keys()):
-        wanted = f"given for rope_type {kind}" if wrong[0] in names else f"absent with rope_type {kind}"
-        raise _refuse(where, f"rope_scaling.{wrong[0]}", wanted, seen.get(wrong[0]))
-    scaling = {name: _value(where, f"rope_scaling.{name}", seen[name], kind) for name, kind in names.items()}
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(**scaling) if scaling else None}
+    theta = _value(where, "rope_theta", seen.pop("rope_theta", 10000.0), float)
+    types = {f.name: f.type for f in fields(RopeScaling)} if kind == "llama3" else {}
+    for key in sorted(seen.keys() - types.keys() - {"original_max_position_embeddings"}):
+        raise _refuse(where, f"rope_scaling.{key}", f"absent with rope_type {kind}", seen[key])
+    values = {key: _value(where, f"rope_scaling.{key}", seen.get(key), type_) for key, type_ in types.items()}
+    if values and values["low_freq_factor"] >= values["high_freq_factor"]:
+        raise _refuse(where, "rope_scaling.low_freq_factor", "less than high_freq_factor", values["low_freq_factor"])
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(**values) if values else None}
 
 
 def _window(where: Path | str, hf: Mapping[str, Any], layers: int) -> int | None:
@@ -170,26 +170,26 @@ def config_from_hf(source: Path | str | Mapping[str, Any], where: Path | str = "
             raise InputError(f"{source}: wanted a Hugging Face folder on this machine, with a config.json, found none")
         source = read_json(where)
     name = source.get("model_type")
-    family = FAMILIES.get(name) if isinstance(name, str) else None
-    if family is None:
+    if name not in tuple(FAMILIES):
         raise _refuse(where, "model_type", f"one of {', '.join(FAMILIES)}", name)
+    family = FAMILIES[name]
     hf = family.defaults | dict(source)
     for key, only in family.constants.items():
         if hf.get(key) is not None and hf[key] != only:
             raise _refuse(where, key, "absent" if only is None else repr(only), hf[key])
     values = dict(family.fixed)
-    for f in fields(Config):
-        if key := family.keys.get(f.name):
-            if key not in hf:
-                raise InputError(f"{where}: wanted {key}, which a {name} model must have, found none")
-            if f.name == "activation":
-                values[f.name] = GELUS.get(hf[key] if isinstance(hf[key], str) else "")
-                if values[f.name] is None:
-                    raise _refuse(where, key, f"one of {', '.join(GELUS)}", hf[key])
-            elif hf[key] is None and f.name in ("kv_heads", "head_dim", "ffn") and key != "intermediate_size":
-                values[f.name] = 4 * values["width"] if f.name == "ffn" else None
-            else:
-                values[f.name] = _value(where, key, hf[key], f.type)
+    kinds = {f.name: f.type for f in fields(Config)}
+    for ours, key in family.keys.items():
+        if key not in hf:
+            raise InputError(f"{where}: wanted {key}, which a {name} model must have, found none")
+        if hf[key] is None and family.defaults.get(key, key) is None:
+            values[ours] = 4 * values["width"] if ours == "ffn" else None
+        elif ours != "activation":
+            values[ours] = _value(where, key, hf[key], kinds[ours])
+        elif hf[key] in tuple(GELUS):
+            values[ours] = GELUS[hf[key]]
+        else:
+            raise _refuse(where, key, f"one of {', '.join(GELUS)}", hf[key])
     if values["positions"] == "rope":
         values |= _rope(where, hf) | {"window": _window(where, hf, values["layers"])}
     try:
@@ -209,19 +209,17 @@ def config_to_hf(config: Config) -> dict[str, Any]:
             "mistral" if config.window or config.width % config.heads else "llama")
     family = FAMILIES[name]
     ours = {f.name: getattr(config, f.name) for f in fields(config)} | {"kv_heads": config.G, "head_dim": config.D}
-    hf = {"architectures": [family.architecture], "model_type": name}
+    hf: dict[str, Any] = {"architectures": [family.architecture], "model_type": name}
     hf |= {key: only for key, only in family.constants.items() if only is not None}
-    hf |= {key: ours[field] for field, key in family.keys.items()}
+    hf |= {key: ours[f] for f, key in family.keys.items()}
     if name == "gpt2":
         written = next((theirs for theirs, gelu in GELUS.items() if gelu == config.activation), config.activation)
         hf |= {"activation_function": written, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
         ours |= {"rope_theta": Config.rope_theta, "rope_scaling": None}  # not used
     else:
         scaling = {"rope_type": "llama3", **asdict(config.rope_scaling)} if config.rope_scaling else None
-        hf |= {"rope_theta": config.rope_theta, "rope_scaling": scaling,
+        hf |= {"sliding_window": config.window, "rope_theta": config.rope_theta, "rope_scaling": scaling,
                "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta}}
-    if name in ("mistral", "qwen3"):
-        hf["sliding_window"] = config.window
     if name == "qwen3":
         hf |= {"use_sliding_window": bool(config.window), "max_window_layers": 0 if config.window else config.layers}
     back = config_from_hf(hf, "save_hf")
@@ -249,8 +247,8 @@ def hf_views(model: Decoder, family: Family) -> dict[str, Tensor]:
     return views
 
 
-def _stored(folder: Path, family: Family) -> dict[str, tuple[Path, str, torch.dtype, tuple[int, ...]]]:
-    """What the weight files hold, by full Hugging Face name: file, name in it, dtype, shape. Headers are read only."""
+def _stored(folder: Path, family: Family) -> dict[str, Entry]:
+    """What the weight files hold, by full Hugging Face name, from their headers alone."""
     names = {WEIGHTS}
     if not (folder / WEIGHTS).exists():
         if not (folder / INDEX).exists():
@@ -263,7 +261,7 @@ def _stored(folder: Path, family: Family) -> dict[str, tuple[Path, str, torch.dt
             if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
                 raise _refuse(folder / INDEX, "weight_map", "to .safetensors files beside it", name)
         names = set(shards.values())
-    stored: dict[str, tuple[Path, str, torch.dtype, tuple[int, ...]]] = {}
+    stored: dict[str, Entry] = {}
     for file in sorted(folder / name for name in names):
         for name, entry in check_safetensors(file).items():
             if name in stored:
@@ -273,6 +271,18 @@ def _stored(folder: Path, family: Family) -> dict[str, tuple[Path, str, torch.dt
     if any(name.startswith(family.prefix) for name in stored):
         return stored
     return {("" if name.startswith("lm_head.") else family.prefix) + name: entry for name, entry in stored.items()}
+
+
+def _fit(folder: Path, views: Mapping[str, Tensor], stored: Mapping[str, Entry]) -> None:
+    """Refuse tensors that are missing, unknown, of another shape or not floating."""
+    for what, names in (("missing", views.keys() - stored), ("unknown", stored.keys() - views)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"{folder}: {what} tensor {min(names)}{more}: wanted {len(views)}, got {len(stored)}")
+    for name, view in views.items():
+        _, _, dtype, shape = stored[name]
+        if shape != tuple(view.shape) or dtype not in FLOATS:
+            raise _refuse(folder, f"tensor {name}", f"{tuple(view.shape)}, floating", f"{shape}, {str(dtype)[6:]}")
 
 
 def load_hf(folder: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
@@ -297,15 +307,7 @@ def load_hf(folder: Path | str, dtype: torch.dtype | None = None, device: torch.
     except RuntimeError as e:
         raise InputError(f"{folder}/config.json: sizes beyond what a tensor can have ({str(e).splitlines()[0]})") from e
     spare = stored.pop("lm_head.weight", None) if config.tied else None
-    views = hf_views(model, family)
-    for what, names in (("missing", views.keys() - stored), ("unknown", stored.keys() - views)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"{folder}: {what} tensor {min(names)}{more}; wanted {len(views)} tensors, got {len(stored)}")
-    for name, view in views.items():
-        _, _, kind, shape = stored[name]
-        if shape != tuple(view.shape) or kind not in FLOATS:
-            raise _refuse(folder, f"tensor {name}", f"{tuple(view.shape)} of floating numbers", (*shape, str(kind)[6:]))
+    _fit(folder, hf_views(model, family), stored)
     model = model.to(dtype or reduce(torch.promote_types, (entry[2] for entry in stored.values())))
     model = model.to_empty(device=device)
     views = hf_views(model, family)
@@ -315,10 +317,9 @@ def load_hf(folder: Path | str, dtype: torch.dtype | None = None, device: torch.
             if place == file:
                 views[name].copy_(tensors[theirs])
     # Some folders store a tied head too; transformers unties it when it differs.
-    embed = stored[f"{family.top['embed'][0]}.weight"]
-    if spare and not torch.equal(*(read_safetensors(file)[name] for file, name, *_ in (embed, spare))):
-        raise InputError(f"{folder}: lm_head.weight must equal {embed[1]}, as tie_word_embeddings is true, got other values; "
-                         "set it to false to keep both")
+    if spare and not torch.equal(read_safetensors(spare[0])[spare[1]].to(model.embed.weight), model.embed.weight):
+        raise InputError(f"{folder}: lm_head.weight must equal the embedding, as tie_word_embeddings is true, got "
+                         "other values: set that to false to keep both")
     return model
 
 

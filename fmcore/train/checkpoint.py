@@ -9,38 +9,37 @@ of itself, so that a load notices a lost, truncated or flipped byte and falls ba
 One process at a time writes to a run. Only JSON and safetensors are read: nothing on disk can carry code.
 """
 
-import contextlib
 import errno
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from fmcore import __version__
 from fmcore.errors import InputError
+from fmcore.files import (
+    file_sha256,
+    file_size,
+    json_bytes,
+    one_line,
+    read_json,
+    read_safetensors,
+    reason,
+    safetensors_chunks,
+    short,
+    sync_folder,
+    write_file,
+)
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 16 << 20  # bytes; a larger header can cost gigabytes and seconds before the first tensor
-MAX_TENSORS = 200_000
-MAX_JSON = 64 << 20  # bytes
-TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,511}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}){0,3}")
 STEP_NAME = re.compile(r"step-([0-9]{8,12})(\.replaced)?")
 FORMAT = "fmcore checkpoint"
@@ -58,158 +57,6 @@ class Checkpoint:
     state: dict[str, Any]
     config: dict[str, Any]
     tokenizer: Path | None  # folder with the tokenizer's files
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """Strict JSON object: UTF-8, no key twice, no NaN. ``what`` names the source in the ``InputError``."""
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{what}: wanted JSON, got something else ({_line(e)})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{what}: wanted a JSON object, got {type(value).__name__}")
-    return value
-
-
-def read_json(path: Path | str) -> dict[str, Any]:
-    """The JSON object in a file of at most 64 MiB; ``InputError`` if it is missing, too large or not one."""
-    path = Path(path)
-    size = _file_size(path)
-    if size > MAX_JSON:
-        raise InputError(f"{path}: wanted a JSON file of at most {MAX_JSON} bytes, got {size}")
-    try:
-        return parse_json(path.read_bytes(), str(path))
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({_reason(e)})") from e
-
-
-def write_json(path: Path | str, value: Mapping[str, Any]) -> None:
-    """Write ``value`` beside ``path``, then rename. ``InputError`` if the disk refuses, ``ValueError`` for no JSON."""
-    _replace_file(Path(path), [_json_bytes(Path(path).name, value)])
-
-
-def write_text(path: Path | str, text: str) -> None:
-    """Write ``text`` as UTF-8 beside ``path``, then rename. ``InputError`` if the disk refuses."""
-    _replace_file(Path(path), [text.encode("utf-8")])
-
-
-def _json_bytes(what: str, value: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"{what}: wanted values that JSON can hold, got something else ({e})") from e
-
-
-def check_safetensors(path: Path | str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Names, dtypes and shapes of a safetensors file, without reading its tensors.
-
-    The header is checked before the library sees the file, because that accepts headers of 100 MB, a name twice and
-    names such as ``../../etc/x``. Raises ``InputError`` in one line for anything foreign, truncated or corrupt.
-    """
-    path = Path(path)
-    size = _file_size(path)
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or not 2 <= length <= MAX_HEADER or 8 + length > size:
-                raise InputError(f"{path}: wanted a safetensors file, got {size} bytes that are foreign or truncated")
-            header = parse_json(file.read(length), f"{path}: header")
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({_reason(e)})") from e
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise InputError(f"{path}: __metadata__ must map text to text")
-    if len(header) > MAX_TENSORS:
-        raise InputError(f"{path}: wanted at most {MAX_TENSORS} tensors, got {len(header)}")
-    spans = []
-    found = {}
-    for name, entry in header.items():
-        dtype, shape, begin, end = _check_entry(path, name, entry)
-        spans.append((begin, end))
-        found[name] = (dtype, shape)
-    at = 0
-    for begin, end in sorted(spans):
-        if begin != at:
-            raise InputError(f"{path}: wanted tensors side by side, got a gap or an overlap at byte {at} of the data")
-        at = end
-    if 8 + length + at != size:
-        raise InputError(f"{path}: wanted {8 + length + at} bytes, got {size}: the file is truncated or damaged")
-    return found
-
-
-def _check_entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    if not TENSOR_NAME.fullmatch(name):
-        raise InputError(f"{path}: {_short(name)} is no name for a tensor")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{path}: tensor {_short(name)}: wanted dtype, shape and data_offsets, got {_short(entry)}")
-    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(f"{path}: tensor {_short(name)}: wanted a dtype of {'|'.join(DTYPES)}, got {_short(dtype)}")
-    if not _sizes(shape) or len(shape) > 16 or not _sizes(span) or len(span) != 2:
-        raise InputError(f"{path}: tensor {_short(name)}: bad shape {_short(shape)} or data_offsets {_short(span)}")
-    if math.prod(shape) * DTYPES[dtype].itemsize != span[1] - span[0]:
-        raise InputError(f"{path}: tensor {_short(name)}: {dtype} {_short(shape)} does not fill bytes {_short(span)}")
-    return DTYPES[dtype], tuple(shape), span[0], span[1]
-
-
-def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
-
-
-def read_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
-    """All tensors of a file, on the CPU, after ``check_safetensors``. ``InputError`` in one line for a bad file."""
-    check_safetensors(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, RuntimeError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read as safetensors ({_line(e)})") from e
-
-
-def write_safetensors(
-    path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors beside ``path``, then rename. ``InputError`` if the disk refuses; ``path`` is then as before."""
-    _replace_file(Path(path), _safetensors_chunks(tensors, metadata))
-
-
-def _safetensors_chunks(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> Iterable[bytes | memoryview]:
-    """The bytes of a safetensors file, tensor by tensor.
-
-    The library's own writer keeps a CPU copy of every tensor until it is done and leaves the hashing to a second read
-    of the file; this holds one tensor at a time and lets the caller hash what it writes.
-    """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    at = 0
-    for name in order:
-        t = tensors[name]
-        if not TENSOR_NAME.fullmatch(name):
-            raise ValueError(f"write_safetensors: {_short(name)} is no name for a tensor")
-        if t.dtype not in DTYPE_NAMES or t.layout != torch.strided or t.is_meta:
-            raise TypeError(f"write_safetensors: {name} must be a dense tensor of {'|'.join(DTYPES)}, got {t.dtype}")
-        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
-        at += t.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER or len(order) > MAX_TENSORS:
-        raise ValueError(f"write_safetensors: {len(order)} tensors are too many for one file")
-    yield len(text).to_bytes(8, "little") + text
-    for name in order:
-        if tensors[name].numel():
-            yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def rng_state(generators: Mapping[str, torch.Generator] | None = None) -> dict[str, torch.Tensor]:
@@ -235,7 +82,7 @@ def set_rng_state(
         try:
             generator.set_state(tensors[name].clone())
         except (KeyError, TypeError, RuntimeError) as e:
-            raise InputError(f"checkpoint: {name}: wanted the state of a random generator ({_line(e)})") from e
+            raise InputError(f"checkpoint: {name}: wanted the state of a random generator ({one_line(e)})") from e
 
 
 def save_checkpoint(
@@ -265,10 +112,10 @@ def save_checkpoint(
     older: list[Path] = []
     needed = sum(t.nbytes for t in (*model.values(), *optimizer.values())) + (1 << 16)
     contents = {
-        "model.safetensors": _safetensors_chunks(model, {"format": "pt"}),
-        "optimizer.safetensors": _safetensors_chunks(optimizer),
-        "state.json": [_json_bytes("state", state)],
-        "config.json": [_json_bytes("config", config)],
+        "model.safetensors": safetensors_chunks(model, {"format": "pt"}),
+        "optimizer.safetensors": safetensors_chunks(optimizer),
+        "state.json": [json_bytes("state", state)],
+        "config.json": [json_bytes("config", config)],
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -277,16 +124,16 @@ def save_checkpoint(
         if (free := shutil.disk_usage(folder).free) < needed:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {_bytes(free)} free")
         tmp.mkdir()
-        files = {name: _write_file(tmp / name, chunks) for name, chunks in contents.items()}
+        files = {name: write_file(tmp / name, chunks) for name, chunks in contents.items()}
         if tokenizer is not None:
             files |= _save_tokenizer(tokenizer, tmp)
         manifest = {"format": FORMAT, "version": 1, "fmcore": __version__, "step": step, "tied": tied, "files": files}
-        _write_file(tmp / "manifest.json", [_json_bytes("manifest", manifest | {"sha256": _self_digest(manifest)})])
-        _sync_folder(tmp)
+        write_file(tmp / "manifest.json", [json_bytes("manifest", manifest | {"sha256": _self_digest(manifest)})])
+        sync_folder(tmp)
         _commit(tmp, final)
     except OSError as e:
         kept = f"{older[0].name} is untouched" if older else "there was none before"
-        raise InputError(f"checkpoint: cannot write {final}: {_reason(e)}; {_bytes(needed)} are needed; {kept}") from e
+        raise InputError(f"checkpoint: cannot write {final}: {reason(e)}; {_bytes(needed)} are needed; {kept}") from e
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     _tidy(folder, step, keep)
@@ -315,11 +162,11 @@ def _save_tokenizer(tokenizer: Any, tmp: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(tmp).as_posix()
         if not FILE_NAME.fullmatch(name):
-            raise ValueError(f"save_checkpoint: {_short(name)} is no name for a tokenizer's file")
-        files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            raise ValueError(f"save_checkpoint: {short(name)} is no name for a tokenizer's file")
+        files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
     return files
 
 
@@ -336,7 +183,7 @@ def _commit(tmp: Path, final: Path) -> None:
         if replaced.exists():
             replaced.rename(final)
         raise
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def _tidy(folder: Path, step: int, keep: int) -> None:
@@ -356,7 +203,7 @@ def _tidy(folder: Path, step: int, keep: int) -> None:
         for path in older[keep - 1 :]:
             _remove(path)
     except OSError as e:
-        warnings.warn(f"checkpoint: cannot remove older ones in {folder} ({_reason(e)})", stacklevel=3)
+        warnings.warn(f"checkpoint: cannot remove older ones in {folder} ({reason(e)})", stacklevel=3)
 
 
 def _remove(path: Path) -> None:
@@ -413,7 +260,7 @@ def _load(folder: Path, verify: bool, optimizer: bool) -> Checkpoint:
     model = read_safetensors(folder / "model.safetensors")
     for name, same in manifest["tied"].items():
         if name in model or same not in model:
-            raise InputError(f"{folder}/manifest.json: tied: {_short(name)} and {_short(same)} do not fit the model")
+            raise InputError(f"{folder}/manifest.json: tied: {short(name)} and {short(same)} do not fit the model")
         model[name] = model[same]
     has_tokenizer = any(name.startswith("tokenizer/") for name in manifest["files"])
     return Checkpoint(
@@ -432,7 +279,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(path)
     digest = manifest.pop("sha256", None)
     if manifest.get("format") != FORMAT or manifest.get("version") != 1:
-        raise InputError(f"{path}: wanted format {FORMAT!r} version 1, got {_short(manifest.get('format'))}")
+        raise InputError(f"{path}: wanted format {FORMAT!r} version 1, got {short(manifest.get('format'))}")
     if digest != _self_digest(manifest):
         raise InputError(f"{path}: damaged, its sha256 does not fit")
     step, files, tied = (manifest.get(key) for key in ("step", "files", "tied"))
@@ -442,88 +289,25 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: wanted {', '.join(missing)} among its files")
     for name, entry in files.items():
         if not FILE_NAME.fullmatch(name) or not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
-            raise InputError(f"{path}: file {_short(name)}: wanted a plain relative name with bytes and sha256")
+            raise InputError(f"{path}: file {short(name)}: wanted a plain relative name with bytes and sha256")
     if not all(isinstance(same, str) for same in tied.values()):
         raise InputError(f"{path}: tied must map names to names")
     return manifest
 
 
 def _check_file(path: Path, entry: dict[str, Any], verify: bool) -> None:
-    size = _file_size(path)
+    size = file_size(path)
     if size != entry["bytes"]:
-        raise InputError(f"{path}: wanted {_short(entry['bytes'])} bytes, got {size}: truncated or replaced")
+        raise InputError(f"{path}: wanted {short(entry['bytes'])} bytes, got {size}: truncated or replaced")
     try:
-        if verify and _digest(path) != entry["sha256"]:
+        if verify and file_sha256(path) != entry["sha256"]:
             raise InputError(f"{path}: damaged, its sha256 does not fit the manifest")
     except OSError as e:
-        raise InputError(f"{path}: cannot be read ({_reason(e)})") from e
-
-
-def _write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        _write_file(tmp, chunks)
-        tmp.replace(path)
-        _sync_folder(path.parent)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({_reason(e)}); nothing was changed") from e
-    finally:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _file_size(path: Path) -> int:
-    """Size of a regular file. Anything else is refused: opening a pipe would wait for ever."""
-    try:
-        if path.is_file():
-            return path.stat().st_size
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({_line(e)})") from e
-    raise InputError(f"{path}: wanted a file, found {'something else' if path.exists() else 'none'}")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        raise InputError(f"{path}: cannot be read ({reason(e)})") from e
 
 
 def _self_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _reason(e: OSError) -> str:
-    return e.strerror or _line(e)
-
-
-def _line(e: BaseException) -> str:
-    """The message of a foreign error as one short line."""
-    return " ".join(str(e).split())[:200]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _bytes(n: int) -> str:

@@ -39,7 +39,7 @@ class TrainOptions:
     accumulate: int = 1  # forward passes in one step
     lr: float = 3e-3  # peak learning rate
     schedule: Kind = "cosine"
-    warmup: int = 50  # steps
+    warmup: int | None = None  # steps; by default a twentieth of all
     min_ratio: float = 0.05  # last learning rate over the peak
     decay_fraction: float = 0.2  # of the steps, wsd only
     weight_decay: float = 0.1  # of matrices
@@ -72,7 +72,8 @@ class TrainOptions:
 
     @property
     def plan(self) -> Schedule:
-        return Schedule(self.schedule, self.warmup, self.min_ratio, self.decay_fraction)
+        warmup = self.steps // 20 if self.warmup is None else self.warmup
+        return Schedule(self.schedule, warmup, self.min_ratio, self.decay_fraction)
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def restore(model: torch.nn.Module, optimizer: AdamW, loader: Loader, checkpoint
     with torch.no_grad():
         for name, t in wanted.items():
             if t.shape != checkpoint.model[name].shape:
-                raise InputError(f"{checkpoint.path}: {name} must be {tuple(t.shape)}, got {tuple(checkpoint.model[name].shape)}")
+                got = tuple(checkpoint.model[name].shape)
+                raise InputError(f"{checkpoint.path}: {name} must be {tuple(t.shape)}, got {got}")
             t.copy_(checkpoint.model[name])
     optimizer.load_tensors(dict(model.named_parameters()), checkpoint.optimizer)
     loader.load_state_dict(checkpoint.state["loader"])
@@ -196,6 +198,7 @@ def train(
     frozen = any(not p.requires_grad for p in model.parameters())
     extra = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2) if frozen else 0
     step, tokens, loss, last_saved = 0, 0, math.nan, None
+    latest: tuple[Tensor, Tensor] | None = None
     if resume is not None:
         restore(model, optimizer, loader, resume)
         step, tokens = resume.step, int(resume.state["tokens"])
@@ -207,8 +210,12 @@ def train(
     board = _tensorboard(run) if options.tensorboard else None
 
     def write_checkpoint() -> Path:
-        _finite(loss, step, phase)
-        about = {"phase": phase, "tokens": tokens, "loader": loader.state_dict(), "options": asdict(options), **(state or {})}
+        if latest is not None:
+            _finite(latest[0].item(), step, phase)
+            # The loss was taken before the step: a bad gradient has spoiled the weights that would be saved.
+            _finite(latest[1].item(), step, phase, "grad_norm")
+        about = {"phase": phase, "tokens": tokens, "loader": loader.state_dict(), "options": asdict(options),
+                 **(state or {})}
         return save_checkpoint(run, step, model=trained_tensors(model), state=about, config=asdict(model.config),
                                optimizer={**optimizer.tensors(dict(model.named_parameters())), **rng_state()},
                                tokenizer=tokenizer, keep=options.keep)
@@ -238,17 +245,18 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * scale
             norm = optimizer.step(clip=options.clip)
+            latest = total, norm
             optimizer.zero_grad(set_to_none=True)
             step, tokens = step + 1, tokens + targets
             last = step == steps
             segments = [n for batch in batches for n in batch.cu_seqlens.diff().tolist()]
-            flops = step_flops(model.config, options.batch_size * options.accumulate, options.seq_len, segments,
+            flops = step_flops(model.config, loader.batch_size * options.accumulate, loader.seq_len, segments,
                                trainable="adapter" if frozen else "all", adapter_weights=extra)
             if step % log_every == 0 or last:
                 loss = total.item()
                 _finite(loss, step, phase)
-                record = {"phase": phase, "step": step, "loss": loss, "lr": options.lr * scale, "grad_norm": norm.item(),
-                          "tokens": tokens, **meter.step(targets, flops)}
+                record: dict[str, Any] = {"phase": phase, "step": step, "loss": loss, "lr": options.lr * scale,
+                                          "grad_norm": norm.item(), "tokens": tokens, **meter.step(targets, flops)}
                 if held_out and (last or (options.eval_every and step % options.eval_every == 0)):
                     with meter.pause():
                         record["bits_per_byte"] = look()
@@ -275,10 +283,10 @@ def train(
     return Outcome(step, tokens, loss, meter.summary(), last_saved)
 
 
-def _finite(loss: float, step: int, phase: str) -> None:
-    if not math.isfinite(loss) and step:
-        raise InputError(f"{phase}: loss must be finite, got {loss} at step {step}; what was saved before is untouched: "
-                         "resume from there with a lower lr or a lower clip")
+def _finite(value: float, step: int, phase: str, name: str = "loss") -> None:
+    if not math.isfinite(value):
+        raise InputError(f"{phase}: {name} must be finite, got {value} at step {step}; what was saved before is "
+                         "untouched: resume from there with a lower lr or a lower clip")
 
 
 def _note(record: dict[str, Any]) -> str:
@@ -303,5 +311,5 @@ def _tensorboard(run: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
-        raise InputError("train: tensorboard must be installed for --tensorboard: pip install 'fmcore[tensorboard]'") from e
+        raise InputError("train: --tensorboard needs the package tensorboard: pip install 'fmcore[tensorboard]'") from e
     return SummaryWriter(str(run / "tensorboard"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fmcore.errors import InputError
-from fmcore.train.checkpoint import write_text
+from fmcore.files import write_text
 from fmcore.train.metrics import read_metrics
 
 # Okabe & Ito 2008: distinct for colour-blind readers, in this order.

@@ -1,0 +1,196 @@
+"""What is installed here, which GPU there is, and which body every operator runs and why.
+
+Nothing in this file may fail because something is missing: finding that out is its purpose.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fmcore import __version__
+
+# Package: what it is for, and whether fmcore works without it.
+PACKAGES = {
+    "torch": ("everything", True),
+    "triton": ("the kernels", True),
+    "numpy": ("data", True),
+    "safetensors": ("checkpoints", True),
+    "rich": ("progress and tables", True),
+    "tyro": ("the command line; argparse takes over without it", False),
+    "matplotlib": ("the loss curve of a report", False),
+    "tokenizers": ("BPE tokenizers", False),
+    "datasets": ("--data hf:org/name", False),
+    "tensorboard": ("--tensorboard", False),
+    "transformers": ("the tests of import and export", False),
+    "peft": ("the tests of adapters", False),
+}
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """What is installed, which GPU there is, and which body every operator runs and why not another."""
+
+    json: bool = False  # for programs
+
+    def execute(self) -> int:
+        found = examine()
+        print(json.dumps(found, indent=2) if self.json else render(found))
+        return 0 if found["usable"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """All findings, ready for JSON. ``usable``: training works on this machine."""
+    problems = [f"{name} is missing" for name, (_, must) in PACKAGES.items() if must and _version(name) is None]
+    gpu, operators = _try(_gpu, problems, "torch"), _try(_operators, problems, "fmcore's operators")
+    presets = _try(_presets, problems, "fmcore's models")
+    return {
+        "fmcore": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "packages": {name: {"version": _version(name), "for": why, "required": must}
+                     for name, (why, must) in PACKAGES.items()},
+        "nvcc": _nvcc(),
+        "fmcore_body": os.environ.get("FMCORE_BODY", ""),
+        **(gpu or {"gpus": [], "threads": None, "cuda": None, "driver": None, "why_no_gpu": "torch cannot be asked"}),
+        "operators": operators or [],
+        "presets": presets or [],
+        "problems": problems,
+        "usable": not problems,
+    }
+
+
+def _try(ask: Callable[[], Any], problems: list[str], what: str) -> Any:
+    # Broken installations raise anything at import: missing libraries, wrong versions, a bad FMCORE_BODY.
+    try:
+        return ask()
+    except Exception as e:
+        problems.append(f"{what} cannot be used: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _said(*command: str) -> str | None:
+    """What a program prints, or None when it is not there or fails."""
+    path = shutil.which(command[0])
+    try:
+        done = subprocess.run([path or "", *command[1:]], capture_output=True, text=True, timeout=20) if path else None
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout if done and done.returncode == 0 else None
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    said = _said("nvcc", "--version") or _said(str(Path(home) / "bin" / "nvcc"), "--version")
+    release = re.search(r"release ([\d.]+)", said or "")
+    return release[1] if release else None
+
+
+def _driver() -> str | None:
+    said = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return said.split()[0] if said and said.split() else None
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    from fmcore.train.metrics import peak_flops
+
+    gpus = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        seen = torch.cuda.get_device_properties(i)
+        gpus.append({"name": seen.name, "capability": f"{seen.major}.{seen.minor}",
+                     "memory_gib": round(seen.total_memory / 2**30, 1), "multiprocessors": seen.multi_processor_count,
+                     "peak_flops": peak_flops(seen.name)})
+    driver, cuda = _driver(), torch.version.cuda or torch.version.hip
+    why = "" if gpus else ("this torch is built for CPUs only" if cuda is None else
+                           "no driver answers" if driver is None else "torch sees no device (CUDA_VISIBLE_DEVICES?)")
+    return {"gpus": gpus, "why_no_gpu": why, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "cuda": cuda,
+            "driver": driver}
+
+
+def _operators() -> list[dict[str, str]]:
+    """For each public operator and direction: its bodies, the one that runs, and why."""
+    import torch
+
+    from fmcore import ops
+    from fmcore.op import OPS
+
+    x = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    names = [name for name, fn in vars(ops).items() if getattr(fn, "__module__", "").startswith("fmcore.kernels")]
+    for public in names:
+        parts = [op for name, op in OPS.items() if name in (public, f"{public}_fwd", f"{public}_bwd")]
+        if not parts:
+            rows.append({"operator": public, "runs": "eager", "bodies": "eager",
+                         "why": "PyTorch paths only; no kernel of its own yet"})
+        rows += [_operator(op, x) for op in parts]
+    return rows
+
+
+def _operator(op: Any, x: Any) -> dict[str, str]:
+    """One row of the table, for arguments like ``x``."""
+    forced = op._choice()
+    taken = [name for name, (_, accepts) in op.bodies.items() if accepts(x)]
+    runs = forced or ("eager" if op.eager(x) or not taken else taken[-1])
+    notes = []
+    for name in reversed([name for name in op.bodies if name != runs]):
+        place = "CPU" if name == "cpu" else "GPU"
+        notes.append(f"{name} needs a {place}" if x.is_cuda != (place == "GPU") else f"{name} is slower")
+    notes += ["eager is the plain formula"] if runs != "eager" else []
+    return {"operator": op.name, "runs": runs, "bodies": " ".join(["eager", *op.bodies]),
+            "why": "asked for by FMCORE_BODY" if forced else "; ".join(notes)}
+
+
+def _presets() -> list[str]:
+    from fmcore.models.decoder import PRESETS
+
+    return list(PRESETS)
+
+
+def render(found: dict[str, Any]) -> str:
+    """One screen of text."""
+    threads = f"{found['threads']} threads for torch on {os.cpu_count()} cores" if found["threads"] else ""
+    lines = [f"fmcore {found['fmcore']}   Python {found['python']}   {found['platform']}   {threads}".rstrip(), ""]
+    lines += [_package(name, about) for name, about in found["packages"].items()]
+    lines += ["", *_devices(found)]
+    if found["operators"]:
+        lines += ["", f"{'operator':24} {'runs':8} why"]
+        lines += [f"{row['operator']:24} {row['runs']:8} {row['why']}" for row in found["operators"]]
+    lines += [f"FMCORE_BODY={found['fmcore_body']}" if found["fmcore_body"] else "FMCORE_BODY is not set"]
+    lines += ["presets: " + ", ".join(found["presets"])] if found["presets"] else []
+    lines += ["", *(f"problem: {problem}" for problem in found["problems"])]
+    verdict = "ready" if found["usable"] else f"not usable until that is mended (Python is {sys.executable})"
+    return "\n".join([*lines, verdict])
+
+
+def _package(name: str, about: dict[str, Any]) -> str:
+    missing = f"missing (needed for {about['for']}: pip install {name})"
+    return f"{name:14} {about['version'] or missing}"
+
+
+def _devices(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for i, gpu in enumerate(found["gpus"]):
+        flops = gpu["peak_flops"]
+        peak = f"peak {flops / 1e12:.0f} bf16 TFLOP/s" if flops else "peak unknown, so no MFU is shown"
+        lines.append(f"GPU {i}: {gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB, "
+                     f"{gpu['multiprocessors']} multiprocessors, {peak}")
+    lines = lines or [f"no GPU: {found['why_no_gpu']}"]
+    versions = {"CUDA of torch": found["cuda"], "driver": found["driver"], "nvcc": found["nvcc"]}
+    return [*lines, ", ".join(f"{name} {version or 'none'}" for name, version in versions.items())]

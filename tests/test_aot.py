@@ -1,0 +1,56 @@
+"""Code for GPUs that are not here: registers, shared memory and wide loads as pinned; no spills, no float atomics."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+AOT = Path(__file__).with_name("aot.py")
+PINNED = json.loads(AOT.with_name("resources.json").read_text())
+HOW = "If the change is wanted: python tests/aot.py --pin"
+
+
+@pytest.fixture(scope="module")
+def now() -> dict[str, dict[str, dict[str, int]]]:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    import triton
+
+    if triton.__version__ != PINNED["triton"]:
+        pytest.skip(f"resources are pinned for triton {PINNED['triton']}, this is {triton.__version__}")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(AOT)], capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)["kernels"]
+
+
+@pytest.mark.timeout(900)
+def test_as_pinned(now):
+    pinned = PINNED["kernels"]
+    changed = [
+        f"{kernel} {target}: {pinned.get(kernel, {}).get(target)} -> {now.get(kernel, {}).get(target)}"
+        for kernel in sorted({*pinned, *now})
+        for target in sorted({*pinned.get(kernel, {}), *now.get(kernel, {})})
+        if pinned.get(kernel, {}).get(target) != now.get(kernel, {}).get(target)
+    ]
+    assert not changed, "\n".join([*changed, HOW])
+
+
+def test_every_case_is_compiled(now):
+    from cases import CASES
+
+    assert {name for name, case in CASES.items() if case.aot} == {kernel.split()[0] for kernel in now}
+
+
+def test_no_spills_and_no_float_atomics(now):
+    bad = [
+        f"{kernel} {target}: {used}"
+        for kernel, targets in now.items()
+        for target, used in targets.items()
+        if used["spills"] or used["float_atomics"]
+    ]
+    assert not bad, "\n".join(bad)

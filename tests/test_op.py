@@ -1,0 +1,102 @@
+"""One operator, many bodies: which one runs, and what is said when none does."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fmcore import op as op_file
+from fmcore.op import Op, use
+
+double = Op("test_double(Tensor x) -> Tensor", fake=lambda x: torch.empty_like(x))
+
+
+@double.body("slow")
+def _slow(x):
+    return x + x
+
+
+@double.body("small", accepts=lambda x: x.numel() <= 4)
+def _small(x):
+    return 2 * x + 0.5
+
+
+only_small = Op("test_only_small(Tensor x, int n) -> Tensor", fake=lambda x, n: torch.empty_like(x))
+only_small.body("small", accepts=lambda x, n: x.numel() <= 4)(lambda x, n: x.clone())
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    before = op_file._forced.copy()
+    op_file._forced.clear()
+    yield
+    op_file._forced.clear()
+    op_file._forced.update(before)
+
+
+def test_last_body_that_accepts_runs():
+    assert double(torch.ones(3)).tolist() == [2.5] * 3
+    assert double(torch.ones(5)).tolist() == [2.0] * 5
+
+
+def test_a_named_body_runs_whether_it_accepts_or_not():
+    with use("small"):
+        assert double(torch.ones(5)).tolist() == [2.5] * 5
+    with use("slow", op="test_double"):
+        assert double(torch.ones(3)).tolist() == [2.0] * 3
+    assert double(torch.ones(3)).tolist() == [2.5] * 3
+
+
+def test_the_operators_own_choice_beats_the_choice_for_all():
+    with use("small"), use("slow", op="test_double"):
+        assert double(torch.ones(3)).tolist() == [2.0] * 3
+
+
+def test_a_choice_ends_with_its_block_even_on_an_error():
+    with pytest.raises(RuntimeError, match="inside"), use("slow"):
+        raise RuntimeError("inside")
+    assert not op_file._forced
+
+
+def test_a_body_for_all_is_ignored_by_operators_that_lack_it():
+    with use("triton"):
+        assert double(torch.ones(3)).tolist() == [2.5] * 3
+
+
+def test_unknown_body_of_one_operator():
+    message = r"fmcore::test_double has no body 'cuda', only \['eager', 'slow', 'small'\]"
+    with use("cuda", op="test_double"), pytest.raises(ValueError, match=message):
+        double(torch.ones(3))
+
+
+def test_no_body_says_what_came():
+    message = r"fmcore::test_only_small: none of \['small'\] takes \(torch.float32\(5,\), 7\)"
+    with pytest.raises(NotImplementedError, match=message):
+        only_small(torch.ones(5), 7)
+
+
+def test_eager_on_a_cpu_unless_there_is_a_body_for_it():
+    x = torch.ones(3)
+    assert double.eager(x)
+    with use("slow"):
+        assert not double.eager(x)
+    with use("eager"):
+        assert double.eager(x)
+    double.body("cpu")(_slow)
+    try:
+        assert not double.eager(x)
+        with use("eager"):
+            assert double.eager(x)
+    finally:
+        del double.bodies["cpu"]
+
+
+@pytest.mark.parametrize("text, code", [("*=eager", 0), ("rms_norm_fwd=eager,gelu_fwd=triton", 0), ("rms_norm_fwd", 1)])
+def test_environment_names_bodies(text, code):
+    program = f"import os; os.environ['FMCORE_BODY'] = {text!r}; import fmcore.op"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == code
+    if code:
+        assert f"FMCORE_BODY must read op=body,op=body (op may be *), got {text!r}" in done.stderr

@@ -1,0 +1,34 @@
+"""The README's promises: its example runs, its files and links exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_library_example_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(code.splitlines()) <= 25
+    env_path = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    done = subprocess.run([sys.executable, "-c", env_path + code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/readme/metrics.jsonl").is_file()
+    assert "adapt" in done.stdout
+
+
+def test_links_and_paths_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_commands_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for command in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE), command
+    from fmcore.cli import COMMANDS
+
+    for command in re.findall(r"^fmcore (\w+)", README, re.MULTILINE):
+        assert command in COMMANDS, command
