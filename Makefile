@@ -29,6 +29,7 @@ test: $(BIN)/.test
 
 lint: $(BIN)/.lint
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
 	$(BIN)/mypy
 
 clean:

@@ -33,7 +33,10 @@ from fmcore.train.loop import pick_device, pick_dtype
 
 def fmcore_step(model: Decoder, optimizer: AdamW) -> Callable[[Batch], float]:
     def step(batch: Batch) -> float:
-        loss = model.loss(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens, reduction="sum") / batch.n_targets
+        loss = (
+            model.loss(batch.tokens, batch.targets, batch.positions, batch.cu_seqlens, reduction="sum")
+            / batch.n_targets
+        )
         loss.backward()
         optimizer.step(clip=1.0)
         optimizer.zero_grad(set_to_none=True)
@@ -58,7 +61,10 @@ def check_equal(ours: Decoder, plain: PlainDecoder, batch: Batch) -> float:
     """Largest relative deviation of loss and gradients on one segment a row; RuntimeError if it is not rounding."""
     rows = torch.cat([batch.tokens, batch.targets[:, -1:]], dim=1).numpy()
     whole = pack(rows, end=-1).to(batch.tokens.device)
-    losses = ours.loss(whole.tokens, whole.targets, whole.positions, whole.cu_seqlens), plain(whole.tokens, whole.targets)
+    losses = (
+        ours.loss(whole.tokens, whole.targets, whole.positions, whole.cu_seqlens),
+        plain(whole.tokens, whole.targets),
+    )
     for loss in losses:
         loss.backward()
     worst = abs(1 - losses[0].item() / losses[1].item())
@@ -112,17 +118,25 @@ def main() -> None:
                 began = time.perf_counter()
                 losses[name] = steps[name](batch)
                 times[name].append(time.perf_counter() - began)
-    times = {name: seconds[args.warmup:] for name, seconds in times.items()}
+    times = {name: seconds[args.warmup :] for name, seconds in times.items()}
     tokens = options.batch_size * options.seq_len
     median, low, high = ratio_interval(times["fmcore"], times["plain"])
     record = {
-        "benchmark": "demo", "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-        or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__, "preset": recipe.preset,
-        "vocab_size": config.vocab_size, "dtype": str(dtype)[6:], "tokens_per_step": tokens, "steps": args.steps,
+        "benchmark": "demo",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "preset": recipe.preset,
+        "vocab_size": config.vocab_size,
+        "dtype": str(dtype)[6:],
+        "tokens_per_step": tokens,
+        "steps": args.steps,
         "tokens_per_s": {name: round(tokens / statistics.median(seconds)) for name, seconds in times.items()},
-        "speedup": round(median, 3), "speedup_95": [round(low, 3), round(high, 3)], "deviation": deviation,
+        "speedup": round(median, 3),
+        "speedup_95": [round(low, 3), round(high, 3)],
+        "deviation": deviation,
         "last_loss": losses,
-    }  # fmt: skip
+    }
     for name, rate in record["tokens_per_s"].items():
         print(f"{name:8s} {rate:8,d} tokens/s (median of {args.steps} steps)")
     print(f"fmcore / plain: {median:.3f}, 95 % interval {low:.3f} to {high:.3f}")

@@ -1,8 +1,8 @@
 """The decoder of fmcore written plainly in eager PyTorch: the baseline that a speed claim is measured against.
 
-What a good engineer writes without kernels of their own: fused q/k/v and gate/up projections, scaled_dot_product_attention,
-torch's own rms_norm, cross_entropy on the logits. Parameters bear the names of fmcore's Decoder, so that both can be
-given the same weights and must then give the same loss.
+What a good engineer writes without kernels of their own: fused q/k/v and gate/up projections, torch's own
+scaled_dot_product_attention and rms_norm, cross_entropy on the logits. Parameters bear the names of fmcore's Decoder,
+so that both can be given the same weights and must then give the same loss.
 """
 
 import torch
@@ -34,8 +34,13 @@ class PlainBlock(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(B, T, self.heads + 2 * self.groups, self.D)
         q, k, v = qkv.split((self.heads, self.groups, self.groups), dim=2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                           enable_gqa=self.heads != self.groups)
+        o = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=self.heads != self.groups,
+        )
         x = x + self.out(o.transpose(1, 2).reshape(B, T, -1))
         gate, up = self.up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)

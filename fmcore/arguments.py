@@ -51,7 +51,7 @@ class Flag:
 
 
 def near(word: str, known: Sequence[str], before: str = "") -> str:
-    """"; did you mean ...?" when one of ``known`` is like ``word``, else nothing."""
+    """ "; did you mean ...?" when one of ``known`` is like ``word``, else nothing."""
     found = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {before}{found[0]}?" if found else ""
 
@@ -68,8 +68,16 @@ def flags(options: type, default: Any = None, path: tuple[str, ...] = ()) -> Ite
         alternatives = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
         base = next(k for k in alternatives if k is not NoneType)
         choices, many = get_args(base) if get_origin(base) is Literal else (), get_origin(base) is tuple
-        yield Flag(field.name.replace("_", "-"), where, str if choices or many else base, choices,
-                   NoneType in alternatives, many, value, notes.get(field.name, ""))
+        yield Flag(
+            field.name.replace("_", "-"),
+            where,
+            str if choices or many else base,
+            choices,
+            NoneType in alternatives,
+            many,
+            value,
+            notes.get(field.name, ""),
+        )
 
 
 def comments(options: type) -> dict[str, str]:
@@ -112,8 +120,9 @@ def read(argv: Sequence[str], known: Mapping[str, Flag], command: str) -> dict[s
 def _named(word: str, known: Mapping[str, Flag], command: str) -> tuple[str, Flag, bool]:
     """The flag that ``word`` names, and whether it is the --no- form."""
     if not word.startswith("-") or not word.strip("-"):
-        raise InputError(f"{command}: wanted options, which start with --, got {word!r}; "
-                         f"`fmcore {command} --help` lists them")
+        raise InputError(
+            f"{command}: wanted options, which start with --, got {word!r}; `fmcore {command} --help` lists them"
+        )
     name = word[2:].replace("_", "-") if word.startswith("--") else ""
     positive = name.removeprefix("no-")
     if name in known:
@@ -137,8 +146,9 @@ def canonical(found: Mapping[str, Sequence[str]], known: Mapping[str, Flag]) -> 
 
 def build(options: type[Options], argv: Sequence[str], default: Options | None = None, prog: str = "fmcore") -> Options:
     """Make ``options`` of a command line with argparse; what is not typed comes from ``default`` or the fields."""
-    parser = argparse.ArgumentParser(prog, description=inspect.getdoc(options), allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        prog, description=inspect.getdoc(options), allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     groups: dict[tuple[str, ...], Any] = {(): parser}
     for flag in flags(options, default):
         where = flag.path[:-1]
@@ -151,8 +161,12 @@ def build(options: type[Options], argv: Sequence[str], default: Options | None =
         if flag.kind is bool:
             add(action=argparse.BooleanOptionalAction)
         else:
-            add(type=flag.value, metavar=_metavar(flag), action="append" if flag.many else "store",
-                required=flag.default is MISSING)
+            add(
+                type=flag.value,
+                metavar=_metavar(flag),
+                action="append" if flag.many else "store",
+                required=flag.default is MISSING,
+            )
     typed: dict[str, Any] = {}
     for path, value in vars(parser.parse_args(list(argv))).items():
         *parts, last = path.split(".")

@@ -30,11 +30,25 @@ COMMANDS = {
     "export": ("fmcore.commands", "Export", "write a model as a Hugging Face folder"),
     "doctor": ("fmcore.doctor", "DoctorOptions", "what is installed, which GPU, which operators run which body"),
 }
-EPILOG = ("FMCORE_DEBUG=1 shows the traceback of an error; FMCORE_BODY=op=body,... chooses the bodies of operators "
-          "(see fmcore doctor).")
+EPILOG = (
+    "FMCORE_DEBUG=1 shows the traceback of an error; FMCORE_BODY=op=body,... chooses the bodies of operators "
+    "(see fmcore doctor)."
+)
 # Refusals of the operating system that a person can mend.
-REFUSED = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
-           errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG, errno.EMFILE}
+REFUSED = {
+    errno.ENOSPC,
+    errno.EFBIG,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,6 +183,12 @@ def _warnings_in_one_line() -> Iterator[None]:
         yield
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,
-                  file: Any = None, line: str | None = None) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
     print(f"fmcore: warning: {' '.join(str(message).split())}", file=file or sys.stderr)

@@ -62,8 +62,9 @@ class Finetune:
             raise InputError("finetune: --model must be given: a run, a checkpoint or a Hugging Face folder")
         if self.model is not None and found is not None:
             raise InputError(f"finetune: --model must be left out with --resume, got {self.model}; {self.run} knows it")
-        outcome = jobs.finetune(self.run, self.model or "", self.data, self.lora, self.train, full=self.full,
-                                found=found)
+        outcome = jobs.finetune(
+            self.run, self.model or "", self.data, self.lora, self.train, full=self.full, found=found
+        )
         _summary(self.run, outcome, found)
         if not self.full:
             print(f"adapter {self.run / 'adapter'} (PEFT's format)")
@@ -79,8 +80,10 @@ def _summary(run: Path, outcome: Outcome, found: Checkpoint | None) -> None:
         speed = outcome.speed
         if "tokens_per_s" in speed:
             mfu = f", mfu {speed['mfu']:.1%}" if "mfu" in speed else ""
-            print(f"{speed['tokens_per_s']:,.0f} tokens/s, {speed['tflops']:.3g} TFLOP/s{mfu}, "
-                  f"{speed['memory_gib']:.2f} GiB")
+            print(
+                f"{speed['tokens_per_s']:,.0f} tokens/s, {speed['tflops']:.3g} TFLOP/s{mfu}, "
+                f"{speed['memory_gib']:.2f} GiB"
+            )
     if outcome.checkpoint is not None:
         print(f"checkpoint {outcome.checkpoint}")
     print(f"try: fmcore generate --model {run} --prompt 'The '")
@@ -144,8 +147,16 @@ class Evaluate:
 
     def execute(self, found: Checkpoint | None) -> None:
         data = None if self.data is None else DataOptions(self.data, self.field, self.held_out)
-        result = jobs.score(self.model, data, adapter=self.adapter, seq_len=self.seq_len,
-                            batch_size=self.batch_size, whole=self.whole, device=self.device, dtype=self.dtype)
+        result = jobs.score(
+            self.model,
+            data,
+            adapter=self.adapter,
+            seq_len=self.seq_len,
+            batch_size=self.batch_size,
+            whole=self.whole,
+            device=self.device,
+            dtype=self.dtype,
+        )
         print(f"bits per byte  {result.bits_per_byte:.4f}")
         print(f"perplexity     {result.perplexity:.4f}")
         print(f"loss           {result.loss:.4f} nats per token")

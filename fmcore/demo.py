@@ -68,10 +68,22 @@ class Recipe:
     most_epochs: float  # over the training text
 
 
-CPU = Recipe("demo", 2048, TrainOptions(batch_size=16, seq_len=256, lr=3e-3, min_ratio=0.02, beta2=0.99,
-                                        eval_every=100, save_every=0, keep=1), adapt_lr=4e-3, most_epochs=4.0)
-GPU = Recipe("demo-gpu", 4096, TrainOptions(batch_size=64, seq_len=512, lr=1.5e-3, min_ratio=0.02, beta2=0.99,
-                                            eval_every=200, save_every=0, keep=1), adapt_lr=2e-3, most_epochs=10.0)
+CPU = Recipe(
+    "demo",
+    2048,
+    TrainOptions(batch_size=16, seq_len=256, lr=3e-3, min_ratio=0.02, beta2=0.99, eval_every=100, save_every=0, keep=1),
+    adapt_lr=4e-3,
+    most_epochs=4.0,
+)
+GPU = Recipe(
+    "demo-gpu",
+    4096,
+    TrainOptions(
+        batch_size=64, seq_len=512, lr=1.5e-3, min_ratio=0.02, beta2=0.99, eval_every=200, save_every=0, keep=1
+    ),
+    adapt_lr=2e-3,
+    most_epochs=10.0,
+)
 
 
 @dataclass(frozen=True)
@@ -95,8 +107,13 @@ def prepare_texts(run: Path, tokenizer: Tokenizer, options: DemoOptions, recipe:
     def some(tokens: int) -> dict[str, Sequence[Batch]]:
         return {name: list(held_out_batches(shard, B, T, tokens)) for name, shard in held.items()}
 
-    return Texts(Loader(code, B, T, options.seed), Loader(prose, B, T, options.seed), some(8192),
-                 some(options.eval_tokens), torch.from_numpy(tokenizer.token_bytes()))
+    return Texts(
+        Loader(code, B, T, options.seed),
+        Loader(prose, B, T, options.seed),
+        some(8192),
+        some(options.eval_tokens),
+        torch.from_numpy(tokenizer.token_bytes()),
+    )
 
 
 def steps_that_fit(make: Callable[[], Decoder], loader: Loader, recipe: Recipe, seconds: float) -> int:
@@ -136,15 +153,19 @@ def demo(options: DemoOptions, console: Console | None = None) -> dict[str, Any]
     if found is None and (kept := set_aside(run)):
         console.print(f"kept the earlier run as {kept}", highlight=False)
     base, tokenizer, texts, trained = _pretrain(options, recipe, device, found, console)
-    scores = {"untrained": _scores(build(base.config, device, base.embed.weight.dtype, options.seed), texts),
-              "base": _scores(base, texts)}
+    scores = {
+        "untrained": _scores(build(base.config, device, base.embed.weight.dtype, options.seed), texts),
+        "base": _scores(base, texts),
+    }
     samples = _samples(base, tokenizer, CODE_PROMPTS, "base", options.seed, console)
     adapted = _adapt(base, texts, options, recipe, trained.steps, console)
     scores["adapted"] = _scores(base, texts)
     with lora_off(base):
         scores["adapter off"] = _scores(base, texts)
     if scores["adapter off"] != scores["base"]:
-        raise RuntimeError(f"demo: with the adapter off the base must score {scores['base']}, got {scores['adapter off']}")
+        raise RuntimeError(
+            f"demo: with the adapter off the base must score {scores['base']}, got {scores['adapter off']}"
+        )
     samples |= _samples(base, tokenizer, PROSE_PROMPTS, "adapted", options.seed, console)
     write_text(run / "samples.txt", "\n\n".join(f"=== {name}\n{text}" for name, text in samples.items()) + "\n")
     facts = _facts(base, recipe, device, trained, adapted, run, time.monotonic() - began)
@@ -154,8 +175,9 @@ def demo(options: DemoOptions, console: Console | None = None) -> dict[str, Any]
     return {"facts": facts, "scores": scores}
 
 
-def _pretrain(options: DemoOptions, recipe: Recipe, device: torch.device, found: Checkpoint | None,
-              console: Console) -> tuple[Decoder, Tokenizer, Texts, Outcome]:
+def _pretrain(
+    options: DemoOptions, recipe: Recipe, device: torch.device, found: Checkpoint | None, console: Console
+) -> tuple[Decoder, Tokenizer, Texts, Outcome]:
     run = options.run
     if found is not None:
         if "demo" not in found.state or found.tokenizer is None:
@@ -170,15 +192,27 @@ def _pretrain(options: DemoOptions, recipe: Recipe, device: torch.device, found:
     texts = prepare_texts(run, tokenizer, options, plan)
     dtype = pick_dtype("auto", device)
     if found is None:
-        steps = options.steps or steps_that_fit(lambda: build(config, device, dtype, options.seed), texts.code, recipe,
-                                                options.seconds)
+        steps = options.steps or steps_that_fit(
+            lambda: build(config, device, dtype, options.seed), texts.code, recipe, options.seconds
+        )
         plan = replace(plan, steps=steps, seed=options.seed)
     model = build(config, device, dtype, options.seed)
     params = sum(p.numel() for p in model.parameters())
-    console.print(f"[bold]2[/] pre-training {params / 1e6:.2f} M parameters for {plan.steps} steps of "
-                  f"{plan.batch_size * plan.seq_len} tokens on {_device_name(device)}")
-    outcome = train(model, texts.code, plan, run, held_out={"code": texts.held_out["code"]}, token_bytes=texts.sizes,
-                    tokenizer=tokenizer, resume=found, state={"demo": {"seed": options.seed}})
+    console.print(
+        f"[bold]2[/] pre-training {params / 1e6:.2f} M parameters for {plan.steps} steps of "
+        f"{plan.batch_size * plan.seq_len} tokens on {_device_name(device)}"
+    )
+    outcome = train(
+        model,
+        texts.code,
+        plan,
+        run,
+        held_out={"code": texts.held_out["code"]},
+        token_bytes=texts.sizes,
+        tokenizer=tokenizer,
+        resume=found,
+        state={"demo": {"seed": options.seed}},
+    )
     return model, tokenizer, texts, outcome
 
 
@@ -186,12 +220,29 @@ def _adapt(base: Decoder, texts: Texts, options: DemoOptions, recipe: Recipe, st
     """Put an adapter on ``base`` in place, train it on prose, save it."""
     add_lora(base, LoraConfig(rank=8, alpha=16.0), seed=options.seed)
     steps = options.adapt_steps or max(20, steps // 5)
-    plan = replace(recipe.train, steps=steps, warmup=max(1, steps // 10), lr=recipe.adapt_lr, weight_decay=0.0,
-                   eval_every=max(10, steps // 4), seed=options.seed)
-    console.print(f"[bold]3[/] adapting to English prose: {adapter_size(base) / 1e3:.0f} k "
-                  f"adapter parameters on the frozen base, {steps} steps")
-    outcome = train(base, texts.prose, plan, options.run, phase="adapt", held_out=texts.held_out, token_bytes=texts.sizes,
-                    save=False)
+    plan = replace(
+        recipe.train,
+        steps=steps,
+        warmup=max(1, steps // 10),
+        lr=recipe.adapt_lr,
+        weight_decay=0.0,
+        eval_every=max(10, steps // 4),
+        seed=options.seed,
+    )
+    console.print(
+        f"[bold]3[/] adapting to English prose: {adapter_size(base) / 1e3:.0f} k "
+        f"adapter parameters on the frozen base, {steps} steps"
+    )
+    outcome = train(
+        base,
+        texts.prose,
+        plan,
+        options.run,
+        phase="adapt",
+        held_out=texts.held_out,
+        token_bytes=texts.sizes,
+        save=False,
+    )
     save_adapter(base, options.run / "adapter", base=str(options.run))
     return outcome
 
@@ -200,8 +251,9 @@ def _scores(model: Decoder, texts: Texts) -> dict[str, float]:
     return {name: evaluate(model, batches, texts.sizes).bits_per_byte for name, batches in texts.final.items()}
 
 
-def _samples(model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], name: str, seed: int,
-             console: Console) -> dict[str, str]:
+def _samples(
+    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], name: str, seed: int, console: Console
+) -> dict[str, str]:
     config = SampleConfig(max_tokens=80, temperature=0.7, top_p=0.95, seed=seed)
     texts = complete(model, tokenizer, prompts, config)
     found = {}
@@ -220,17 +272,23 @@ def _device_name(device: torch.device) -> str:
     return f"{torch.get_num_threads()} CPU threads"
 
 
-def _facts(model: Decoder, recipe: Recipe, device: torch.device, trained: Outcome, adapted: Outcome, run: Path,
-           seconds: float) -> dict[str, Any]:
+def _facts(
+    model: Decoder, recipe: Recipe, device: torch.device, trained: Outcome, adapted: Outcome, run: Path, seconds: float
+) -> dict[str, Any]:
     adapter = adapter_size(model)
     size = (run / "adapter" / "adapter_model.safetensors").stat().st_size
     return {
-        "command": " ".join(["fmcore", *sys.argv[1:]]), "device": _device_name(device), "preset": recipe.preset,
-        "parameters": sum(p.numel() for p in model.parameters()) - adapter, "adapter parameters": adapter,
-        "adapter file": f"{size / 1000:.0f} kB", "pre-training": f"{trained.steps} steps, {trained.tokens:,} tokens",
+        "command": " ".join(["fmcore", *sys.argv[1:]]),
+        "device": _device_name(device),
+        "preset": recipe.preset,
+        "parameters": sum(p.numel() for p in model.parameters()) - adapter,
+        "adapter parameters": adapter,
+        "adapter file": f"{size / 1000:.0f} kB",
+        "pre-training": f"{trained.steps} steps, {trained.tokens:,} tokens",
         "adaptation": f"{adapted.steps} steps, {adapted.tokens:,} tokens",
         "tokens/s, pre-training": round(trained.speed.get("tokens_per_s", 0)),
-        "tokens/s, adaptation": round(adapted.speed.get("tokens_per_s", 0)), "seconds in all": round(seconds),
+        "tokens/s, adaptation": round(adapted.speed.get("tokens_per_s", 0)),
+        "seconds in all": round(seconds),
     }
 
 
@@ -243,6 +301,11 @@ def _show(console: Console, scores: dict[str, dict[str, float]], facts: dict[str
         table.add_row(row, *(f"{value:.3f}" for value in values.values()))
     console.print(table)
     change = 1 - scores["adapted"]["prose"] / scores["base"]["prose"]
-    console.print(f"adaptation lowered prose by {change:.1%}; with the adapter off, the base is bit-identical", highlight=False)
-    console.print(f"{facts['seconds in all']} s in all. Look at {run / 'report.md'} and {run / 'loss.png'}; try\n"
-                  f"  fmcore generate --model {run} --adapter {run / 'adapter'} --prompt 'The '", highlight=False)
+    console.print(
+        f"adaptation lowered prose by {change:.1%}; with the adapter off, the base is bit-identical", highlight=False
+    )
+    console.print(
+        f"{facts['seconds in all']} s in all. Look at {run / 'report.md'} and {run / 'loss.png'}; try\n"
+        f"  fmcore generate --model {run} --adapter {run / 'adapter'} --prompt 'The '",
+        highlight=False,
+    )

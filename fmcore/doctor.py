@@ -56,8 +56,9 @@ def examine() -> dict[str, Any]:
         "fmcore": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {name: {"version": _version(name), "for": why, "required": must}
-                     for name, (why, must) in PACKAGES.items()},
+        "packages": {
+            name: {"version": _version(name), "for": why, "required": must} for name, (why, must) in PACKAGES.items()
+        },
         "nvcc": _nvcc(),
         "fmcore_body": os.environ.get("FMCORE_BODY", ""),
         **(gpu or {"gpus": [], "threads": None, "cuda": None, "driver": None, "why_no_gpu": "torch cannot be asked"}),
@@ -114,14 +115,35 @@ def _gpu() -> dict[str, Any]:
     gpus = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         seen = torch.cuda.get_device_properties(i)
-        gpus.append({"name": seen.name, "capability": f"{seen.major}.{seen.minor}",
-                     "memory_gib": round(seen.total_memory / 2**30, 1), "multiprocessors": seen.multi_processor_count,
-                     "peak_flops": peak_flops(seen.name)})
+        gpus.append(
+            {
+                "name": seen.name,
+                "capability": f"{seen.major}.{seen.minor}",
+                "memory_gib": round(seen.total_memory / 2**30, 1),
+                "multiprocessors": seen.multi_processor_count,
+                "peak_flops": peak_flops(seen.name),
+            }
+        )
     driver, cuda = _driver(), torch.version.cuda or torch.version.hip
-    why = "" if gpus else ("this torch is built for CPUs only" if cuda is None else
-                           "no driver answers" if driver is None else "torch sees no device (CUDA_VISIBLE_DEVICES?)")
-    return {"gpus": gpus, "why_no_gpu": why, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "cuda": cuda,
-            "driver": driver}
+    why = (
+        ""
+        if gpus
+        else (
+            "this torch is built for CPUs only"
+            if cuda is None
+            else "no driver answers"
+            if driver is None
+            else "torch sees no device (CUDA_VISIBLE_DEVICES?)"
+        )
+    )
+    return {
+        "gpus": gpus,
+        "why_no_gpu": why,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "cuda": cuda,
+        "driver": driver,
+    }
 
 
 def _operators() -> list[dict[str, str]]:
@@ -137,8 +159,14 @@ def _operators() -> list[dict[str, str]]:
     for public in names:
         parts = [op for name, op in OPS.items() if name in (public, f"{public}_fwd", f"{public}_bwd")]
         if not parts:
-            rows.append({"operator": public, "runs": "eager", "bodies": "eager",
-                         "why": "PyTorch paths only; no kernel of its own yet"})
+            rows.append(
+                {
+                    "operator": public,
+                    "runs": "eager",
+                    "bodies": "eager",
+                    "why": "PyTorch paths only; no kernel of its own yet",
+                }
+            )
         rows += [_operator(op, x) for op in parts]
     return rows
 
@@ -153,8 +181,12 @@ def _operator(op: Any, x: Any) -> dict[str, str]:
         place = "CPU" if name == "cpu" else "GPU"
         notes.append(f"{name} needs a {place}" if x.is_cuda != (place == "GPU") else f"{name} is slower")
     notes += ["eager is the plain formula"] if runs != "eager" else []
-    return {"operator": op.name, "runs": runs, "bodies": " ".join(["eager", *op.bodies]),
-            "why": "asked for by FMCORE_BODY" if forced else "; ".join(notes)}
+    return {
+        "operator": op.name,
+        "runs": runs,
+        "bodies": " ".join(["eager", *op.bodies]),
+        "why": "asked for by FMCORE_BODY" if forced else "; ".join(notes),
+    }
 
 
 def _presets() -> list[str]:
@@ -189,8 +221,10 @@ def _devices(found: dict[str, Any]) -> list[str]:
     for i, gpu in enumerate(found["gpus"]):
         flops = gpu["peak_flops"]
         peak = f"peak {flops / 1e12:.0f} bf16 TFLOP/s" if flops else "peak unknown, so no MFU is shown"
-        lines.append(f"GPU {i}: {gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB, "
-                     f"{gpu['multiprocessors']} multiprocessors, {peak}")
+        lines.append(
+            f"GPU {i}: {gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB, "
+            f"{gpu['multiprocessors']} multiprocessors, {peak}"
+        )
     lines = lines or [f"no GPU: {found['why_no_gpu']}"]
     versions = {"CUDA of torch": found["cuda"], "driver": found["driver"], "nvcc": found["nvcc"]}
     return [*lines, ", ".join(f"{name} {version or 'none'}" for name, version in versions.items())]

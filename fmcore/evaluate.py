@@ -36,8 +36,10 @@ class Evaluation:
     def of(cls, nats: float, tokens: int, bytes: int) -> "Evaluation":
         """From the sums. ``InputError`` when there is nothing to divide by."""
         if tokens < 1 or bytes < 1:
-            raise InputError(f"evaluate: wanted at least one target that stands for text, got {tokens} targets that "
-                             f"stand for {bytes} bytes")
+            raise InputError(
+                f"evaluate: wanted at least one target that stands for text, got {tokens} targets that "
+                f"stand for {bytes} bytes"
+            )
         loss = nats / tokens
         # A loss beyond 709 nats per token overflows exp; math.exp would raise.
         perplexity = math.exp(loss) if not loss > 709 else math.inf
@@ -68,8 +70,10 @@ def evaluate(model: Decoder, batches: Iterable[Batch], token_bytes: Tensor | np.
     V = model.config.vocab_size
     known = torch.as_tensor(token_bytes, dtype=torch.int64, device=device)
     if known.ndim != 1 or len(known) > V:
-        raise InputError(f"evaluate: token_bytes must be (at most vocab_size={V}), got {tuple(known.shape)}; "
-                         f"does the tokenizer belong to the model?")
+        raise InputError(
+            f"evaluate: token_bytes must be (at most vocab_size={V}), got {tuple(known.shape)}; "
+            f"does the tokenizer belong to the model?"
+        )
     sizes = torch.cat([known, known.new_zeros(V - len(known))])
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens, size = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))

@@ -91,7 +91,7 @@ class _Reader:
         lens = torch.tensor([len(s) for s in seqs])
         tokens = torch.zeros(len(seqs), int(lens.max()), dtype=torch.int64)
         for row, seq in zip(tokens, seqs, strict=True):
-            row[:len(seq)] = torch.tensor(seq)
+            row[: len(seq)] = torch.tensor(seq)
         h = self.model.hidden(tokens.to(self.device), cache=cache)
         # Padding stands to the right, where no real token sees it, and the next tokens overwrite it.
         cache.lens = lens.to(self.device)
@@ -135,8 +135,9 @@ class _Reader:
 
 
 @torch.inference_mode()
-def _sample(model: Decoder, prompts: list[list[int]], config: SampleConfig, end: int | None,
-            first: int) -> Iterator[tuple[int, int]]:
+def _sample(
+    model: Decoder, prompts: list[list[int]], config: SampleConfig, end: int | None, first: int
+) -> Iterator[tuple[int, int]]:
     """(sequence, token) as they come; ``first`` is the number of the first sequence."""
     generators = [torch.Generator().manual_seed(_seed(config.seed, first + i)) for i in range(len(prompts))]
     with evaluating(model):
@@ -169,15 +170,18 @@ def _prepare(model: Decoder, prompt: Sequence[int] | np.ndarray, end: int | None
         ids = [end, *ids]
     V = model.config.vocab_size
     if bad := [token for token in ids if not 0 <= token < V]:
-        raise InputError(f"generate: prompt tokens must be below vocab_size={V}, got {bad[0]}; "
-                         f"does the tokenizer belong to the model?")
+        raise InputError(
+            f"generate: prompt tokens must be below vocab_size={V}, got {bad[0]}; "
+            f"does the tokenizer belong to the model?"
+        )
     if not ids:
         raise InputError("generate: a prompt must have at least one token when no end is given, got none")
-    return ids[-model.config.context:]
+    return ids[-model.config.context :]
 
 
-def generate(model: Decoder, prompts: Sequence[Sequence[int] | np.ndarray], config: SampleConfig,
-             end: int | None = None) -> list[list[int]]:
+def generate(
+    model: Decoder, prompts: Sequence[Sequence[int] | np.ndarray], config: SampleConfig, end: int | None = None
+) -> list[list[int]]:
     """The tokens that follow each prompt, without the prompt.
 
     ``end`` is the separator: it goes in front of every prompt that does not start with it, because documents start that
@@ -187,7 +191,7 @@ def generate(model: Decoder, prompts: Sequence[Sequence[int] | np.ndarray], conf
     ready = [_prepare(model, prompt, end) for prompt in prompts]
     new: list[list[int]] = [[] for _ in ready]
     for first in range(0, len(ready), config.batch):
-        for i, token in _sample(model, ready[first:first + config.batch], config, end, first):
+        for i, token in _sample(model, ready[first : first + config.batch], config, end, first):
             new[i].append(token)
     return new
 

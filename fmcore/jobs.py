@@ -113,8 +113,10 @@ class LoraOptions:
 def check_new(run: Path, command: str) -> None:
     """``InputError`` when ``run`` holds another run, which a new one would write into."""
     if checkpoints(run):
-        raise InputError(f"{run}: wanted a new folder, got a run with checkpoints; continue it with "
-                         f"`fmcore {command} --run {run} --resume`, or name another --run")
+        raise InputError(
+            f"{run}: wanted a new folder, got a run with checkpoints; continue it with "
+            f"`fmcore {command} --run {run} --resume`, or name another --run"
+        )
     if (run / "metrics.jsonl").exists():
         raise InputError(f"{run}: wanted a new folder, got a run without a checkpoint; remove it or name another --run")
 
@@ -144,12 +146,21 @@ def check_unchanged(found: Checkpoint, **parts: tuple[Any, Any]) -> None:
         pairs = [(name, getattr(saved, name), getattr(now, name)) for name in names] or [(part, saved, now)]
         for name, before, after in pairs:
             if before != after:
-                raise InputError(f"{found.path}: {name} must stay {before!r} in a run that goes on, got {after!r}; "
-                                 f"leave it out or start another run")
+                raise InputError(
+                    f"{found.path}: {name} must stay {before!r} in a run that goes on, got {after!r}; "
+                    f"leave it out or start another run"
+                )
 
 
-def pretrain(run: Path, data: DataOptions, tokenizer: TokenizerOptions, model: ModelOptions, options: TrainOptions, *,
-             found: Checkpoint | None = None) -> Outcome:
+def pretrain(
+    run: Path,
+    data: DataOptions,
+    tokenizer: TokenizerOptions,
+    model: ModelOptions,
+    options: TrainOptions,
+    *,
+    found: Checkpoint | None = None,
+) -> Outcome:
     """Train a fresh model on text, into ``run``; with ``found``, a checkpoint of it, go on from there."""
     data = _absolute(data)
     if found is None:
@@ -170,8 +181,16 @@ def pretrain(run: Path, data: DataOptions, tokenizer: TokenizerOptions, model: M
     return _train(run, "pretrain", decoder, reader, training, held_out, data, options, found, {"job": job})
 
 
-def finetune(run: Path, base: Path | str, data: DataOptions, lora: LoraOptions, options: TrainOptions, *,
-             full: bool = False, found: Checkpoint | None = None) -> Outcome:
+def finetune(
+    run: Path,
+    base: Path | str,
+    data: DataOptions,
+    lora: LoraOptions,
+    options: TrainOptions,
+    *,
+    full: bool = False,
+    found: Checkpoint | None = None,
+) -> Outcome:
     """Adapt a model to other text: a LoRA adapter on a frozen base, or with ``full`` every weight, into ``run``."""
     data = _absolute(data)
     if found is None:
@@ -184,10 +203,12 @@ def finetune(run: Path, base: Path | str, data: DataOptions, lora: LoraOptions, 
     # The very checkpoint: the run of the base may go on, and an adapter fits only the weights it was trained on.
     base = str((start.checkpoint.path if start.checkpoint else Path(base)).resolve())
     if options.seq_len > start.model.config.context:
-        raise InputError(f"finetune: seq_len must be at most the model's context={start.model.config.context}, "
-                         f"got {options.seq_len}")
-    state: dict[str, Any] = {"job": {"command": "finetune", "base": base, "full": full, "data": asdict(data),
-                                     "lora": asdict(lora)}}
+        raise InputError(
+            f"finetune: seq_len must be at most the model's context={start.model.config.context}, got {options.seq_len}"
+        )
+    state: dict[str, Any] = {
+        "job": {"command": "finetune", "base": base, "full": full, "data": asdict(data), "lora": asdict(lora)}
+    }
     if not full:
         add_lora(start.model, lora.config(), seed=options.seed)
         state |= {"lora": asdict(lora.config()), "base": base}
@@ -201,13 +222,33 @@ def finetune(run: Path, base: Path | str, data: DataOptions, lora: LoraOptions, 
     return outcome
 
 
-def _train(run: Path, phase: str, model: Decoder, tokenizer: Tokenizer, training: Shard, held_out: Shard,
-           data: DataOptions, options: TrainOptions, found: Checkpoint | None, state: Mapping[str, Any]) -> Outcome:
+def _train(
+    run: Path,
+    phase: str,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    training: Shard,
+    held_out: Shard,
+    data: DataOptions,
+    options: TrainOptions,
+    found: Checkpoint | None,
+    state: Mapping[str, Any],
+) -> Outcome:
     job = {**state["job"], "train": asdict(options)}
     batches = list(held_out_batches(held_out, options.batch_size, options.seq_len, data.eval_tokens))
-    return train(model, Loader(training, options.batch_size, options.seq_len, options.seed), options, run, phase=phase,
-                 held_out={"held-out": batches}, token_bytes=_sizes(tokenizer), tokenizer=tokenizer, resume=found,
-                 sample=sampler(model, tokenizer, options.seed), state={**state, "job": job})
+    return train(
+        model,
+        Loader(training, options.batch_size, options.seq_len, options.seed),
+        options,
+        run,
+        phase=phase,
+        held_out={"held-out": batches},
+        token_bytes=_sizes(tokenizer),
+        tokenizer=tokenizer,
+        resume=found,
+        sample=sampler(model, tokenizer, options.seed),
+        state={**state, "job": job},
+    )
 
 
 def _tokenizer_of(found: Checkpoint) -> Tokenizer:
@@ -252,9 +293,17 @@ def sampler(model: Decoder, tokenizer: Tokenizer, seed: int, prompt: str = "", t
     return lambda: complete(model, tokenizer, [prompt], config)[0]
 
 
-def score(model: Path | str, data: DataOptions | None = None, *, adapter: Path | str | None = None,
-          seq_len: int | None = None, batch_size: int = 16, whole: bool = False, device: str = "auto",
-          dtype: str = "auto") -> Evaluation:
+def score(
+    model: Path | str,
+    data: DataOptions | None = None,
+    *,
+    adapter: Path | str | None = None,
+    seq_len: int | None = None,
+    batch_size: int = 16,
+    whole: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Evaluation:
     """Bits per byte and perplexity of a model on held-out text, or with ``whole`` on all of it.
 
     Without ``data`` it is the text that the model's run was trained on. The split into training and held-out text

@@ -29,8 +29,7 @@ class Loaded:
     checkpoint: Checkpoint | None
 
 
-def load(path: Path | str, *, adapter: Path | str | None = None, device: str = "auto",
-         dtype: str = "auto") -> Loaded:
+def load(path: Path | str, *, adapter: Path | str | None = None, device: str = "auto", dtype: str = "auto") -> Loaded:
     """A model from a run, a checkpoint or a Hugging Face folder, with its tokenizer, and an adapter on top if asked.
 
     Raises ``InputError`` for what is missing, damaged, or does not fit together.
@@ -122,5 +121,7 @@ def _fill(model: Decoder, checkpoint: Checkpoint) -> None:
 def check_vocab_fits(tokenizer: Tokenizer, config: Config, where: Path | str) -> None:
     """``InputError`` when the tokenizer has ids that the model has no embedding for."""
     if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"{where}: the tokenizer must have at most vocab_size={config.vocab_size} ids like the model, "
-                         f"got {tokenizer.vocab_size}")
+        raise InputError(
+            f"{where}: the tokenizer must have at most vocab_size={config.vocab_size} ids like the model, "
+            f"got {tokenizer.vocab_size}"
+        )

@@ -20,11 +20,19 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: decoupled; each step multiplies parameters by ``1 - lr * weight_decay``.
     """
 
-    def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
-                 weight_decay: float = 0.1):
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ):
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)):
-            raise ValueError(f"AdamW: lr, eps and weight_decay must be >= 0 and betas in [0, 1), got lr={lr}, "
-                             f"eps={eps}, weight_decay={weight_decay}, betas={betas}")
+            raise ValueError(
+                f"AdamW: lr, eps and weight_decay must be >= 0 and betas in [0, 1), got lr={lr}, "
+                f"eps={eps}, weight_decay={weight_decay}, betas={betas}"
+            )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -61,8 +69,19 @@ class AdamW(torch.optim.Optimizer):
         # For a parameter that is its own master, ``to`` gives the gradient itself.
         grads = [p.grad.to(m.dtype) for p, m in zip(params, masters, strict=True) if p.grad is not None]
         m, v = ([s[name] for s in states] for name in MOMENTS)
-        adamw_(masters, grads, m, v, step, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
-               eps=group["eps"], weight_decay=group["weight_decay"], grad_scale=scale)
+        adamw_(
+            masters,
+            grads,
+            m,
+            v,
+            step,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            grad_scale=scale,
+        )
         narrow = [(p, m) for p, m in zip(params, masters, strict=True) if p is not m]
         if narrow:
             torch._foreach_copy_([p for p, _ in narrow], [m for _, m in narrow])
@@ -70,8 +89,11 @@ class AdamW(torch.optim.Optimizer):
     def tensors(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state as named tensors, for a safetensors file; ``named`` gives the name of each parameter."""
         found = {name: self.state[p] for name, p in named.items() if self.state.get(p)}
-        return {f"{name}:{key}": torch.tensor(t) if key == "step" else t
-                for name, state in found.items() for key, t in state.items()}
+        return {
+            f"{name}:{key}": torch.tensor(t) if key == "step" else t
+            for name, state in found.items()
+            for key, t in state.items()
+        }
 
     def load_tensors(self, named: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
         """Undo ``tensors``; names outside it are ignored. ``InputError`` if a piece is missing or has another shape."""
@@ -97,5 +119,7 @@ def _norm(grads: list[Tensor]) -> Tensor:
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters in two groups: matrices decay, vectors (norm weights, biases) do not."""
     params = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+    return [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]

@@ -33,8 +33,15 @@ def visible(Tq: int, Tk: int, causal: bool, window: int | None, kv_lens: Tensor 
     return mask
 
 
-def attention_ref(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int | None = None,
-                  scale: float | None = None, kv_lens: Tensor | None = None) -> Tensor:
+def attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    kv_lens: Tensor | None = None,
+) -> Tensor:
     """The formula as it stands, scores and all: what every path must equal."""
     H, G, D = q.shape[2], k.shape[2], q.shape[3]
     k, v = (t.repeat_interleave(H // G, dim=2) for t in (k, v))
@@ -44,8 +51,9 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: 
     return torch.einsum("bhij,bjhd->bihd", p, v)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float | None,
-           kv_lens: Tensor | None) -> Tensor:
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float | None, kv_lens: Tensor | None
+) -> Tensor:
     Tq, Tk, grouped = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
     narrow = window is not None and window < Tk
@@ -59,8 +67,9 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, sc
     return o.masked_fill(~some, 0.0).transpose(1, 2)
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int | None,
-            scale: float | None) -> Tensor:
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int | None, scale: float | None
+) -> Tensor:
     """Segments of one length go through one call: with long documents nearly all of them are whole rows."""
     lengths = cu_seqlens.diff().tolist()
     if sum(lengths) != q.shape[0] or min(lengths, default=0) < 0:
@@ -83,8 +92,17 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, w
     return torch.cat(outs)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None,
-              scale: float | None = None, cu_seqlens: Tensor | None = None, kv_lens: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+) -> Tensor:
     """Softmax attention; q (B, Tq, H, D), k (B, Tk, G, D), v (B, Tk, G, Dv) give (B, Tq, H, Dv).
 
     Args:

@@ -22,8 +22,9 @@ from fmcore import check
 CHUNK = 2**25
 
 
-def linear_cross_entropy_ref(h: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None = None,
-                             ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+def linear_cross_entropy_ref(
+    h: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
     z = F.linear(h, w, bias).to(torch.promote_types(h.dtype, torch.float32))
     return F.cross_entropy(z, targets, ignore_index=ignore_index, reduction=reduction)
 
@@ -104,12 +105,26 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dw += dz.T @ h[part]
             if db is not None:
                 db += dz.sum(0, dtype=lse.dtype)
-        return (dh, None if dw is None else dw.to(w.dtype), None if db is None else db.to(bias.dtype), None, None, None,
-                None)
+        return (
+            dh,
+            None if dw is None else dw.to(w.dtype),
+            None if db is None else db.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def linear_cross_entropy(h: Tensor, w: Tensor, targets: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100,
-                         reduction: str = "mean") -> Tensor:
+def linear_cross_entropy(
+    h: Tensor,
+    w: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
     """``cross_entropy(h @ w.T + bias, targets)`` without the logits; h (M, C), w (V, C), targets (M,), bias (V,).
 
     ``reduction`` is "mean" over the rows that are not ignored (nan when all are, as in PyTorch), "sum", or "none" for

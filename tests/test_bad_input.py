@@ -27,8 +27,10 @@ def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     text = write_text(folder / "text.txt")
     assert fmcore("pretrain", "--run", folder / "run", "--data", text, "--steps", 6, "--save-every", 3, *MODEL) == 0
-    assert fmcore("finetune", "--model", folder / "run", "--run", folder / "tuned", "--data", text, "--steps", 3,
-                  *TRAIN) == 0
+    assert (
+        fmcore("finetune", "--model", folder / "run", "--run", folder / "tuned", "--data", text, "--steps", 3, *TRAIN)
+        == 0
+    )
     assert fmcore("export", "--model", folder / "run", "--out", folder / "hf") == 0
     return folder
 
@@ -42,7 +44,7 @@ def own(made, tmp_path) -> Path:
 
 def cut(path: Path, keep: float = 0.5) -> None:
     data = path.read_bytes()
-    path.write_bytes(data[:int(len(data) * keep)])
+    path.write_bytes(data[: int(len(data) * keep)])
 
 
 def pretrain(data: object, run: Path, *more: object) -> list[object]:
@@ -51,16 +53,22 @@ def pretrain(data: object, run: Path, *more: object) -> list[object]:
 
 # What a person points at as text.
 
+
 def test_missing_data(tmp_path, capsys):
     said = refused(capsys, *pretrain(tmp_path / "nowhere.txt", tmp_path / "run"))
     assert f"{tmp_path / 'nowhere.txt'}: no such file or folder; wanted" in said
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("content, wanted", [
-    (b"", "wanted text, got none"), (b" \n\n ", "wanted text, got none"), (b"ab\xffcd", "byte 0xff at 2"),
-    (b"ab\0cd", "a binary file (a zero byte at 2)"),
-])
+@pytest.mark.parametrize(
+    "content, wanted",
+    [
+        (b"", "wanted text, got none"),
+        (b" \n\n ", "wanted text, got none"),
+        (b"ab\xffcd", "byte 0xff at 2"),
+        (b"ab\0cd", "a binary file (a zero byte at 2)"),
+    ],
+)
 def test_a_file_that_is_no_text(tmp_path, capsys, content, wanted):
     data = tmp_path / "data.txt"
     data.write_bytes(content)
@@ -68,11 +76,14 @@ def test_a_file_that_is_no_text(tmp_path, capsys, content, wanted):
     assert str(data) in said and wanted in said
 
 
-@pytest.mark.parametrize("content, wanted", [
-    ('{"text": "a"}\n{"txt": "b"}', ":2: wanted a JSON object with a text in field 'text', got the fields ['txt']"),
-    ('{"text": "a"}\n{"text"', ":2: wanted a JSON object"),
-    ('{"text": 3}', ":1: wanted a JSON object with a text in field 'text', got a int"),
-])
+@pytest.mark.parametrize(
+    "content, wanted",
+    [
+        ('{"text": "a"}\n{"txt": "b"}', ":2: wanted a JSON object with a text in field 'text', got the fields ['txt']"),
+        ('{"text": "a"}\n{"text"', ":2: wanted a JSON object"),
+        ('{"text": 3}', ":1: wanted a JSON object with a text in field 'text', got a int"),
+    ],
+)
 def test_bad_json_lines(tmp_path, capsys, content, wanted):
     data = tmp_path / "data.jsonl"
     data.write_text(content)
@@ -113,10 +124,16 @@ def flipped(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("damage, wanted", [
-    (cut, "truncated"), (foreign, "wanted a token shard (first bytes"), (newer, "wanted shard version 1, got 9"),
-    (flipped, "damaged"), (Path.unlink, "wanted a token shard, got No such file"),
-])
+@pytest.mark.parametrize(
+    "damage, wanted",
+    [
+        (cut, "truncated"),
+        (foreign, "wanted a token shard (first bytes"),
+        (newer, "wanted shard version 1, got 9"),
+        (flipped, "damaged"),
+        (Path.unlink, "wanted a token shard, got No such file"),
+    ],
+)
 def test_damaged_shards(shards, tmp_path, capsys, damage, wanted):
     assert fmcore(*pretrain(shards, tmp_path / "good")) == 0
     damage(shards / "train.shard")
@@ -162,6 +179,7 @@ def test_a_tokenizer_file_that_is_none(made, tmp_path, capsys, content):
 
 
 # Checkpoints, adapters, Hugging Face folders.
+
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 def test_a_truncated_checkpoint(own, capsys, name):
@@ -219,10 +237,16 @@ def test_a_folder_that_is_no_model(tmp_path, capsys):
     assert f"{tmp_path}: wanted a run with checkpoints" in refused(capsys, "generate", "--model", tmp_path)
 
 
-@pytest.mark.parametrize("change, wanted", [
-    ({"model_type": "mamba"}, "model_type"), ({"hidden_act": "relu"}, "hidden_act"),
-    ({"num_hidden_layers": 3}, "missing"), ({"hidden_size": 48}, "(257, 48)"), ({"vocab_size": -3}, "vocab_size"),
-])
+@pytest.mark.parametrize(
+    "change, wanted",
+    [
+        ({"model_type": "mamba"}, "model_type"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"num_hidden_layers": 3}, "missing"),
+        ({"hidden_size": 48}, "(257, 48)"),
+        ({"vocab_size": -3}, "vocab_size"),
+    ],
+)
 def test_a_hugging_face_folder_that_is_not_supported(own, capsys, change, wanted):
     path = own / "hf" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -238,13 +262,15 @@ def test_a_truncated_hugging_face_folder(own, capsys):
 
 # Runs.
 
+
 def test_a_run_that_is_used_already(made, capsys):
     before = files(made)
     said = refused(capsys, *pretrain(made / "text.txt", made / "run"))
     assert f"{made / 'run'}: wanted a new folder, got a run with checkpoints" in said and "--resume" in said
     assert "wanted a new folder" in refused(capsys, "finetune", "--model", made / "run", "--run", made / "tuned")
-    assert f"{made / 'hf'}: wanted a new or empty folder" in refused(capsys, "export", "--model", made / "run", "--out",
-                                                                   made / "hf")
+    assert f"{made / 'hf'}: wanted a new or empty folder" in refused(
+        capsys, "export", "--model", made / "run", "--out", made / "hf"
+    )
     assert files(made) == before
 
 
@@ -279,11 +305,18 @@ def test_evaluate_without_text(made, capsys):
 
 # The disk.
 
+
 def limited(size: int, *words: object) -> subprocess.CompletedProcess:
     """A process whose files cannot grow beyond ``size`` bytes: what a full disk does to a write."""
     command, env = process(*words)
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
 
 
 def test_full_disk_while_writing_shards(tmp_path):
@@ -309,6 +342,7 @@ def test_full_disk_while_saving_keeps_the_older_checkpoint(own):
 
 
 # Ctrl-C.
+
 
 def interrupted(words: list[object], run: Path, after: int, number: signal.Signals) -> tuple[int, str]:
     """Send a signal when ``after`` lines of metrics are there; exit code and stderr."""

@@ -47,8 +47,10 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and bytes(a.view(-1).view(torch.uint8)) == bytes(
-        b.contiguous().view(-1).view(torch.uint8)
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and bytes(a.view(-1).view(torch.uint8)) == bytes(b.contiguous().view(-1).view(torch.uint8))
     )
 
 

@@ -14,8 +14,14 @@ from fmcore.models.decoder import PRESETS
 from fmcore.train.checkpoint import load_checkpoint
 from fmcore.train.metrics import read_metrics
 
-OPTIONS = {"pretrain": commands.Pretrain, "finetune": commands.Finetune, "generate": commands.Generate,
-           "evaluate": commands.Evaluate, "export": commands.Export, "doctor": doctor.DoctorOptions}
+OPTIONS = {
+    "pretrain": commands.Pretrain,
+    "finetune": commands.Finetune,
+    "generate": commands.Generate,
+    "evaluate": commands.Evaluate,
+    "export": commands.Export,
+    "doctor": doctor.DoctorOptions,
+}
 
 
 @pytest.fixture(params=["tyro", "argparse"])
@@ -69,35 +75,41 @@ def test_what_is_typed_arrives(parser):
     assert options.prompt == ("- a -b", "--c") and options.echo and not options.greedy
 
 
-@pytest.mark.parametrize("line, wanted", [
-    ("pretrain --stepz 3", "no option --stepz; did you mean --steps?"),
-    ("pretrain --batchsize 3", "did you mean --batch-size?"),
-    ("pretrain -steps 3", "did you mean --steps?"),
-    ("pretrain --no-steps", "no option --no-steps"),
-    ("pretrain --xyzzy 3", "no option --xyzzy; `fmcore pretrain --help`"),
-    ("pretrain --steps 3.5", "--steps must be an integer, got '3.5'"),
-    ("pretrain --lr fast", "--lr must be a number, got 'fast'"),
-    ("pretrain --lr -3", "lr must be above 0, got -3.0"),
-    ("pretrain --lr nan", "lr must be above 0, got nan"),
-    ("pretrain --lr", "--lr needs a number, got nothing"),
-    ("pretrain --lr --steps 3", "--lr needs a number, got the option --steps"),
-    ("pretrain --resume=yes", "--resume takes no value, got 'yes'"),
-    ("pretrain --schedule cosin", "--schedule must be one of cosine, wsd, constant, got 'cosin'; did you mean cosine?"),
-    ("pretrain --steps 10", "50 of warm-up do not fit into 10 steps"),
-    ("pretrain --beta1 1", "beta1 must be within [0, 1), got 1.0"),
-    ("pretrain --held-out 2", "held_out must be a share between 0 and 1, got 2.0"),
-    ("pretrain text.txt", "wanted options, which start with --, got 'text.txt'"),
-    ("pretrain --", "wanted options, which start with --, got '--'"),
-    ("pretrain --preset tiny", "preset must be one of demo"),
-    ("pretrain --device tpu9", "device must be one of this machine's, got 'tpu9'"),
-    ("generate", "--model must be given: a run, a checkpoint or a Hugging Face folder"),
-    ("generate --model nowhere --top-p 2", "top_p must be above 0 and at most 1, got 2.0"),
-    ("export --model x", "--out must be given"),
-    ("finetune", "--model must be given"),
-    ("finetune --model x --dropout 1", "dropout must be in [0, 1), got 1.0"),
-    ("pretran", "no command 'pretran'; did you mean pretrain?"),
-    ("xyzzy", "no command 'xyzzy'; there are demo, pretrain"),
-])
+@pytest.mark.parametrize(
+    "line, wanted",
+    [
+        ("pretrain --stepz 3", "no option --stepz; did you mean --steps?"),
+        ("pretrain --batchsize 3", "did you mean --batch-size?"),
+        ("pretrain -steps 3", "did you mean --steps?"),
+        ("pretrain --no-steps", "no option --no-steps"),
+        ("pretrain --xyzzy 3", "no option --xyzzy; `fmcore pretrain --help`"),
+        ("pretrain --steps 3.5", "--steps must be an integer, got '3.5'"),
+        ("pretrain --lr fast", "--lr must be a number, got 'fast'"),
+        ("pretrain --lr -3", "lr must be above 0, got -3.0"),
+        ("pretrain --lr nan", "lr must be above 0, got nan"),
+        ("pretrain --lr", "--lr needs a number, got nothing"),
+        ("pretrain --lr --steps 3", "--lr needs a number, got the option --steps"),
+        ("pretrain --resume=yes", "--resume takes no value, got 'yes'"),
+        (
+            "pretrain --schedule cosin",
+            "--schedule must be one of cosine, wsd, constant, got 'cosin'; did you mean cosine?",
+        ),
+        ("pretrain --steps 10", "50 of warm-up do not fit into 10 steps"),
+        ("pretrain --beta1 1", "beta1 must be within [0, 1), got 1.0"),
+        ("pretrain --held-out 2", "held_out must be a share between 0 and 1, got 2.0"),
+        ("pretrain text.txt", "wanted options, which start with --, got 'text.txt'"),
+        ("pretrain --", "wanted options, which start with --, got '--'"),
+        ("pretrain --preset tiny", "preset must be one of demo"),
+        ("pretrain --device tpu9", "device must be one of this machine's, got 'tpu9'"),
+        ("generate", "--model must be given: a run, a checkpoint or a Hugging Face folder"),
+        ("generate --model nowhere --top-p 2", "top_p must be above 0 and at most 1, got 2.0"),
+        ("export --model x", "--out must be given"),
+        ("finetune", "--model must be given"),
+        ("finetune --model x --dropout 1", "dropout must be in [0, 1), got 1.0"),
+        ("pretran", "no command 'pretran'; did you mean pretrain?"),
+        ("xyzzy", "no command 'xyzzy'; there are demo, pretrain"),
+    ],
+)
 def test_one_line_says_what_is_wrong(parser, capsys, monkeypatch, tmp_path, line, wanted):
     monkeypatch.chdir(tmp_path)
     Path("x").mkdir()

@@ -63,9 +63,17 @@ def test_a_file_is_one_document(tmp_path: Path):
 
 
 def test_a_folder(tmp_path: Path):
-    for name, data in {"b.txt": b"b", "a/deep/c.md": b"c", "a.jsonl": b'{"text": "j"}\n', "blank.txt": b" \n",
-                       ".git/config": b"hidden", ".hidden": b"hidden", "x.bin": b"\0\1", "latin.txt": b"\xe9t\xe9",
-                       "empty": b""}.items():
+    for name, data in {
+        "b.txt": b"b",
+        "a/deep/c.md": b"c",
+        "a.jsonl": b'{"text": "j"}\n',
+        "blank.txt": b" \n",
+        ".git/config": b"hidden",
+        ".hidden": b"hidden",
+        "x.bin": b"\0\1",
+        "latin.txt": b"\xe9t\xe9",
+        "empty": b"",
+    }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
@@ -82,10 +90,18 @@ def test_json_lines(tmp_path: Path):
     assert read(path) == {"d.jsonl:1": "one", "d.jsonl:4": "tw\xf6"}
 
 
-@pytest.mark.parametrize("line, got", [
-    (b"{", "Expecting"), (b"[1]", "a list"), (b'{"body": "x"}', "the fields ['body']"), (b'{"text": 3}', "a int in it"),
-    (b'{"text": "\\ud800"}', "a lone surrogate"), (b'{"text": "\xff"}', "'utf-8' codec"), (b"[" * 100_000, "recursion"),
-])
+@pytest.mark.parametrize(
+    "line, got",
+    [
+        (b"{", "Expecting"),
+        (b"[1]", "a list"),
+        (b'{"body": "x"}', "the fields ['body']"),
+        (b'{"text": 3}', "a int in it"),
+        (b'{"text": "\\ud800"}', "a lone surrogate"),
+        (b'{"text": "\xff"}', "'utf-8' codec"),
+        (b"[" * 100_000, "recursion"),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, got: str):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
@@ -171,8 +187,11 @@ def test_the_description_changes_with_the_files(tmp_path: Path):
     assert describe_source("hf:x")["source"] == "hf:x"
 
 
-DOCUMENTS = st.lists(st.builds(Document, st.text(max_size=3), st.text(min_size=2, max_size=30).filter(str.strip)),
-                     min_size=2, max_size=30)
+DOCUMENTS = st.lists(
+    st.builds(Document, st.text(max_size=3), st.text(min_size=2, max_size=30).filter(str.strip)),
+    min_size=2,
+    max_size=30,
+)
 
 
 @given(documents=DOCUMENTS, held_out=st.floats(0.001, 0.999), order=st.randoms(use_true_random=False))
@@ -219,10 +238,16 @@ def test_one_document_is_cut_at_a_line():
     assert train.name == "a" and held.name == "a (tail)"
 
 
-@pytest.mark.parametrize("text, train", [
-    ("a\n" + "b" * 100, "a\n"), ("b" * 99 + "\nx", "b" * 99 + "\n"), ("b" * 100, "b" * 95),
-    ("b" * 100 + "\n", "b" * 96), ("ab", "a"),
-])
+@pytest.mark.parametrize(
+    "text, train",
+    [
+        ("a\n" + "b" * 100, "a\n"),
+        ("b" * 99 + "\nx", "b" * 99 + "\n"),
+        ("b" * 100, "b" * 95),
+        ("b" * 100 + "\n", "b" * 96),
+        ("ab", "a"),
+    ],
+)
 def test_one_document_with_few_lines(text: str, train: str):
     (head,), (tail,) = split_documents([Document("a", text)])
     assert head.text == train and head.text + tail.text == text

@@ -12,8 +12,20 @@ from fmcore.errors import InputError
 from fmcore.kernels.rope import RopeScaling
 from fmcore.models.decoder import PRESETS, Cache, Config, Decoder
 
-GPT2 = Config(vocab_size=40, layers=2, width=24, heads=3, ffn=64, context=16, norm="layer", norm_eps=1e-5,
-              activation="gelu_tanh", positions="learned", bias=True, tied=True)
+GPT2 = Config(
+    vocab_size=40,
+    layers=2,
+    width=24,
+    heads=3,
+    ffn=64,
+    context=16,
+    norm="layer",
+    norm_eps=1e-5,
+    activation="gelu_tanh",
+    positions="learned",
+    bias=True,
+    tied=True,
+)
 LLAMA = Config(vocab_size=40, layers=2, width=24, heads=4, kv_heads=2, head_dim=6, ffn=40, context=16)
 QWEN3 = replace(LLAMA, head_dim=8, kv_heads=1, qk_norm=True, tied=True)
 MISTRAL = replace(LLAMA, window=3)
@@ -121,8 +133,12 @@ def test_a_fresh_model_knows_nothing():
 def shapes(config):
     C, D, H, G, F, V = config.width, config.D, config.heads, config.G, config.ffn, config.vocab_size
     norm = {"weight": (C,)} | ({"bias": (C,)} if config.norm == "layer" else {})
-    linears = {"qkv": ((H + 2 * G) * D, C), "out": (C, H * D), "down": (C, F),
-               "up": (2 * F if config.activation == "swiglu" else F, C)}
+    linears = {
+        "qkv": ((H + 2 * G) * D, C),
+        "out": (C, H * D),
+        "down": (C, F),
+        "up": (2 * F if config.activation == "swiglu" else F, C),
+    }
     found = {"embed.weight": (V, C)} | ({"pos.weight": (config.context, C)} if config.positions == "learned" else {})
     found |= {} if config.tied else {"head.weight": (V, C)}
     found |= {f"norm.{name}": s for name, s in norm.items()}

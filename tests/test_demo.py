@@ -26,8 +26,14 @@ def small(tmp_path_factory):
 
 def test_every_file_is_there(small):
     _, run = small
-    for name in ("metrics.jsonl", "samples.txt", "loss.png", "report.md", "adapter/adapter_config.json",
-                 "adapter/adapter_model.safetensors"):
+    for name in (
+        "metrics.jsonl",
+        "samples.txt",
+        "loss.png",
+        "report.md",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    ):
         assert (run / name).stat().st_size > 0, name
     (checkpoint,) = checkpoints(run)
     assert checkpoint.name == f"step-{STEPS:08d}"
@@ -39,7 +45,8 @@ def test_metrics_hold_both_phases(small):
     _, run = small
     records = read_metrics(run / "metrics.jsonl")
     assert [(r["phase"], r["step"]) for r in records] == (
-        [("pretrain", i + 1) for i in range(STEPS)] + [("adapt", i + 1) for i in range(ADAPT)])
+        [("pretrain", i + 1) for i in range(STEPS)] + [("adapt", i + 1) for i in range(ADAPT)]
+    )
     assert all({"loss", "lr", "grad_norm", "tokens", "memory_gib"} <= r.keys() for r in records)
     assert {"tokens_per_s", "tflops"} <= records[-1].keys()
     assert records[-1]["bits_per_byte"].keys() == {"code", "prose"}

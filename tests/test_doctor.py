@@ -55,6 +55,7 @@ def test_the_table_tells_what_really_runs(monkeypatch):
     rows, ran = table(doctor.examine()), []
     for name, known in op.OPS.items():
         for body, (_, accepts) in list(known.bodies.items()):
+
             def spy(*args, name=name, body=body, fn=known.bodies[body][0]):
                 ran.append((name, body))
                 return fn(*args)
@@ -65,8 +66,11 @@ def test_the_table_tells_what_really_runs(monkeypatch):
     ops.layer_norm(x, torch.ones_like(x[0])).sum().backward()
     ops.gelu(x).sum().backward()
     ops.swiglu(x).sum().backward()
-    expected = {(name, row["runs"]) for name, row in rows.items()
-                if row["runs"] != "eager" and name.startswith(("rms_norm", "layer_norm", "gelu", "swiglu"))}
+    expected = {
+        (name, row["runs"])
+        for name, row in rows.items()
+        if row["runs"] != "eager" and name.startswith(("rms_norm", "layer_norm", "gelu", "swiglu"))
+    }
     assert set(ran) == expected
 
 
@@ -121,7 +125,8 @@ def test_a_gpu_is_described(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Seen)
     gpu = doctor._gpu()
     assert "GPU 0: NVIDIA H200, capability 9.0, 141.0 GiB, 132 multiprocessors, peak 989 bf16 TFLOP/s" in doctor.render(
-        {**found, **gpu})
+        {**found, **gpu}
+    )
     monkeypatch.setattr(Seen, "name", "Unheard Of 9000")
     assert "peak unknown, so no MFU is shown" in doctor.render({**found, **doctor._gpu()})
 

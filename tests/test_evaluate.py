@@ -114,13 +114,23 @@ def test_numbers_that_overflow():
 
 def empty(*targets):
     n = len(targets)
-    return Batch(torch.zeros(1, n, dtype=torch.int64), torch.tensor([targets]), torch.arange(n)[None],
-                 torch.tensor([0, n], dtype=torch.int32), sum(t >= 0 for t in targets))
+    return Batch(
+        torch.zeros(1, n, dtype=torch.int64),
+        torch.tensor([targets]),
+        torch.arange(n)[None],
+        torch.tensor([0, n], dtype=torch.int32),
+        sum(t >= 0 for t in targets),
+    )
 
 
-@pytest.mark.parametrize("batches, got", [([], "0 targets that stand for 0 bytes"),
-                                          ([empty(-100, -100)], "0 targets that stand for 0 bytes"),
-                                          ([empty(END, -100)], "1 targets that stand for 0 bytes")])
+@pytest.mark.parametrize(
+    "batches, got",
+    [
+        ([], "0 targets that stand for 0 bytes"),
+        ([empty(-100, -100)], "0 targets that stand for 0 bytes"),
+        ([empty(END, -100)], "1 targets that stand for 0 bytes"),
+    ],
+)
 def test_nothing_to_measure(model, batches, got):
     with pytest.raises(InputError) as e:
         evaluate(model, batches, SIZES)

@@ -12,8 +12,19 @@ from fmcore.generate import SampleConfig, candidates, choose, complete, generate
 from fmcore.models.decoder import Config, Decoder
 
 V, END = 40, 39
-GPT2 = Config(vocab_size=V, layers=2, width=24, heads=3, ffn=64, context=16, norm="layer", activation="gelu_tanh",
-              positions="learned", bias=True, tied=True)
+GPT2 = Config(
+    vocab_size=V,
+    layers=2,
+    width=24,
+    heads=3,
+    ffn=64,
+    context=16,
+    norm="layer",
+    activation="gelu_tanh",
+    positions="learned",
+    bias=True,
+    tied=True,
+)
 LLAMA = Config(vocab_size=V, layers=2, width=24, heads=4, kv_heads=2, ffn=40, context=16)
 CONFIGS = {"gpt2": GPT2, "gqa": LLAMA, "window": replace(LLAMA, window=3), "qk_norm": replace(LLAMA, qk_norm=True)}
 GREEDY = SampleConfig(max_tokens=8, temperature=0.0)
@@ -44,7 +55,7 @@ def greedy(model, prompt, max_tokens, end=None):
             break
         new.append(token)
         if len(seen) == context:
-            seen = seen[-(context // 2):] if context > 1 else []
+            seen = seen[-(context // 2) :] if context > 1 else []
         seen.append(token)
     return new
 

@@ -24,9 +24,7 @@ from fmcore import op as op_file
 KERNELS = Path(fmcore.__file__).parent / "kernels"
 ON_GPU = torch.cuda.is_available()
 BUGS = [
-    pytest.param(case, bug, id=f"{name}-{bug.caught_by}-{bug.new}")
-    for name, case in CASES.items()
-    for bug in case.bugs
+    pytest.param(case, bug, id=f"{name}-{bug.caught_by}-{bug.new}") for name, case in CASES.items() for bug in case.bugs
 ]
 WRONG_NUMBERS = "error .* exceeds"
 NEVER_WRITTEN = "elements are NaN"

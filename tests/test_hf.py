@@ -60,8 +60,9 @@ def plain(config: Config) -> Config:
 
 
 def reload(folder):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager",
-                                                                    output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", output_loading_info=True
+    )
     assert not any(info.values()), info
     return model.eval()
 
@@ -219,7 +220,8 @@ def test_presets_have_the_sizes_of_their_models(name, count):
     with torch.device("meta"):
         ours = Decoder(PRESETS[name])
         theirs = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.for_model(**config_to_hf(PRESETS[name])))
+            transformers.AutoConfig.for_model(**config_to_hf(PRESETS[name]))
+        )
     assert sum(p.numel() for p in ours.parameters()) == count == sum(p.numel() for p in theirs.parameters())
 
 

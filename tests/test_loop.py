@@ -167,8 +167,18 @@ def test_looks_and_saves_when_asked(shards, tmp_path, capsys):
 
     net = model()
     options = replace(OPTIONS, eval_every=6, sample_every=8, save_every=7, keep=9)
-    outcome = train(net, loader(shards), options, tmp_path, held_out={"text": held}, token_bytes=BYTES, sample=sample,
-                    phase="first", tokenizer=ByteTokenizer(), state={"note": 3})
+    outcome = train(
+        net,
+        loader(shards),
+        options,
+        tmp_path,
+        held_out={"text": held},
+        token_bytes=BYTES,
+        sample=sample,
+        phase="first",
+        tokenizer=ByteTokenizer(),
+        state={"note": 3},
+    )
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records if "bits_per_byte" in r] == [6, 12, 18, 20]
     assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["20", "14", "07"]
@@ -243,12 +253,19 @@ def test_a_checkpoint_of_another_run_is_refused(shards, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("change, wanted", [
-    ({"steps": 0}, "steps must be at least 1, got 0"), ({"accumulate": 0}, "accumulate must be at least 1"),
-    ({"lr": math.inf}, "lr must be above 0"), ({"clip": 0.0}, "clip must be above 0"),
-    ({"save_every": -1}, "save_every must be 0 or more"), ({"beta2": 1.5}, "beta2 must be within"),
-    ({"warmup": 30}, "30 of warm-up do not fit into 20 steps"), ({"min_ratio": 2.0}, "min_ratio must be within"),
-])
+@pytest.mark.parametrize(
+    "change, wanted",
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"lr": math.inf}, "lr must be above 0"),
+        ({"clip": 0.0}, "clip must be above 0"),
+        ({"save_every": -1}, "save_every must be 0 or more"),
+        ({"beta2": 1.5}, "beta2 must be within"),
+        ({"warmup": 30}, "30 of warm-up do not fit into 20 steps"),
+        ({"min_ratio": 2.0}, "min_ratio must be within"),
+    ],
+)
 def test_options_are_checked(change, wanted):
     with pytest.raises(InputError, match=wanted.replace("(", r"\(")):
         replace(OPTIONS, **change)

@@ -29,8 +29,20 @@ from fmcore.models.decoder import Config, Decoder
 from fmcore.models.hf import save_hf
 from fmcore.optim import AdamW
 
-GPT2 = Config(vocab_size=40, layers=2, width=24, heads=3, ffn=64, context=16, norm="layer", norm_eps=1e-5,
-              activation="gelu_tanh", positions="learned", bias=True, tied=True)
+GPT2 = Config(
+    vocab_size=40,
+    layers=2,
+    width=24,
+    heads=3,
+    ffn=64,
+    context=16,
+    norm="layer",
+    norm_eps=1e-5,
+    activation="gelu_tanh",
+    positions="learned",
+    bias=True,
+    tied=True,
+)
 LLAMA = Config(vocab_size=40, layers=2, width=24, heads=4, kv_heads=2, ffn=40, context=16)
 QWEN3 = replace(LLAMA, head_dim=8, kv_heads=1, qk_norm=True, tied=True)
 MISTRAL = replace(LLAMA, window=3)
@@ -203,8 +215,12 @@ def test_what_trains():
 def test_the_start_is_that_of_peft():
     """A uniform within 1 / sqrt(K), another one in every layer, the same for the same seed; B zero."""
     one, two, other = (add_lora(decoder(replace(LLAMA, width=240)), LORA, seed=s) for s in (5, 5, 6))
-    for (name, p), q, r in zip(adapter_parameters(one).items(), adapter_parameters(two).values(),
-                               adapter_parameters(other).values(), strict=True):
+    for (name, p), q, r in zip(
+        adapter_parameters(one).items(),
+        adapter_parameters(two).values(),
+        adapter_parameters(other).values(),
+        strict=True,
+    ):
         assert torch.equal(p, q)
         if name.endswith("lora_b"):
             assert (p == 0).all()
@@ -216,12 +232,15 @@ def test_the_start_is_that_of_peft():
     assert len({p[0, 0].item() for p in starts}) == len(starts)
 
 
-@pytest.mark.parametrize("targets, layers", [
-    (("q", "v"), {"qkv": [slice(0, 24), slice(36, 48)]}),
-    (("v", "q"), {"qkv": [slice(0, 24), slice(36, 48)]}),
-    (("k", "up", "o"), {"qkv": [slice(24, 36)], "out": [slice(0, 24)], "up": [slice(40, 80)]}),
-    (("gate", "down"), {"up": [slice(0, 40)], "down": [slice(0, 24)]}),
-])
+@pytest.mark.parametrize(
+    "targets, layers",
+    [
+        (("q", "v"), {"qkv": [slice(0, 24), slice(36, 48)]}),
+        (("v", "q"), {"qkv": [slice(0, 24), slice(36, 48)]}),
+        (("k", "up", "o"), {"qkv": [slice(24, 36)], "out": [slice(0, 24)], "up": [slice(40, 80)]}),
+        (("gate", "down"), {"up": [slice(0, 40)], "down": [slice(0, 24)]}),
+    ],
+)
 def test_targets(targets, layers):
     model = trained(decoder(), LoraConfig(rank=2, targets=targets))
     for block in model.layers:
@@ -319,8 +338,12 @@ def test_keys_of_the_file(tmp_path):
     want = {}
     for i in range(2):
         path = f"base_model.model.model.layers.{i}"
-        want |= {f"{path}.self_attn.q_proj.lora_A.weight": (2, 24), f"{path}.self_attn.q_proj.lora_B.weight": (24, 2),
-                 f"{path}.mlp.down_proj.lora_A.weight": (2, 40), f"{path}.mlp.down_proj.lora_B.weight": (24, 2)}
+        want |= {
+            f"{path}.self_attn.q_proj.lora_A.weight": (2, 24),
+            f"{path}.self_attn.q_proj.lora_B.weight": (24, 2),
+            f"{path}.mlp.down_proj.lora_A.weight": (2, 40),
+            f"{path}.mlp.down_proj.lora_B.weight": (24, 2),
+        }
     assert found == want
     save_adapter(trained(decoder(GPT2), LoraConfig(rank=2, targets=("qkv", "o"))), tmp_path)
     found = {n: tuple(t.shape) for n, t in read_safetensors(tmp_path / "adapter_model.safetensors").items()}
@@ -368,8 +391,15 @@ def test_what_peft_writes_is_read(tmp_path, hugging_face, config):
     read, peft = hugging_face
     model = decoder(config)
     names = ["c_attn", "c_proj"] if config is GPT2 else ["q_proj", "v_proj", "up_proj"]
-    settings = peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=0.05, target_modules=names, task_type="CAUSAL_LM",
-                               init_lora_weights=False, fan_in_fan_out=config is GPT2)
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        lora_dropout=0.05,
+        target_modules=names,
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+        fan_in_fan_out=config is GPT2,
+    )
     theirs = peft.get_peft_model(read(model, tmp_path / "base"), settings, autocast_adapter_dtype=False).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     load_adapter(model, tmp_path / "adapter").eval()
@@ -496,7 +526,8 @@ def _write(path, data):
 def test_another_adapter_in_the_way(saved):
     for lora in (replace(LORA, rank=4), replace(LORA, alpha=1.0), replace(LORA, targets=("q",))):
         assert "wanted an adapter like the one the model has" in refused(
-            saved[0], model=add_lora(decoder(dtype=torch.float32), lora))
+            saved[0], model=add_lora(decoder(dtype=torch.float32), lora)
+        )
 
 
 def test_an_adapter_that_is_or_is_not_there(tmp_path):
@@ -532,6 +563,7 @@ def test_config_errors(options, message):
 def test_targets_of_each_family():
     def names(config):
         return [p.target for p in projections(config)]
+
     assert names(LLAMA) == names(QWEN3) == ["q", "k", "v", "o", "gate", "up", "down"]
     assert names(GPT2) == ["qkv", "o", "up", "down"]
     assert names(replace(LLAMA, activation="gelu")) == ["q", "k", "v", "o", "up", "down"]

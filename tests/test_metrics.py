@@ -209,9 +209,7 @@ def test_meter(monkeypatch):
     # A warm-up step of a minute is not in any figure.
     assert step(60) == {"memory_gib": 1.5}
     first = step(0.5)
-    assert first == pytest.approx(
-        {"tokens_per_s": 2000, "tflops": 0.4, "mfu": 0.4, "mfu_full": 0.8, "memory_gib": 1.5}
-    )
+    assert first == pytest.approx({"tokens_per_s": 2000, "tflops": 0.4, "mfu": 0.4, "mfu_full": 0.8, "memory_gib": 1.5})
     with meter.pause():
         clock.now += 1000
     assert step(1.5)["tokens_per_s"] == pytest.approx(1000)

@@ -94,9 +94,13 @@ def test_no_gradient_at_all():
 
 def test_groups_have_their_own_options():
     mine, theirs = (m := net()), copy.deepcopy(m)
+
     def groups(model):
-        return [{"params": list(model[0].parameters()), "lr": 0.1, "weight_decay": 0.0},
-                {"params": list(model[3].parameters()), "betas": (0.5, 0.6), "eps": 1e-3}]
+        return [
+            {"params": list(model[0].parameters()), "lr": 0.1, "weight_decay": 0.0},
+            {"params": list(model[3].parameters()), "betas": (0.5, 0.6), "eps": 1e-3},
+        ]
+
     a, b = AdamW(groups(mine), **OPTIONS), torch.optim.AdamW(groups(theirs), fused=True, **OPTIONS)
     for i in range(3):
         backward(mine, i), backward(theirs, i)

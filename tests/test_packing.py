@@ -28,12 +28,13 @@ def of_documents(documents: list[list[int]], name: str = "a", fingerprint: str =
 def counting(length: int, name: str = "a") -> Shard:
     """A stream of `length` tokens in which no two windows are alike: i, or pairs (i // 250, i % 250)."""
     ids = range(length) if length < 250 else [v for i in range(length) for v in (i // 250, i % 250)]
-    return of_documents([list(ids[:length - 2])], name)
+    return of_documents([list(ids[: length - 2])], name)
 
 
 def same(a: Batch, b: Batch) -> bool:
     return a.n_targets == b.n_targets and all(
-        torch.equal(getattr(a, n), getattr(b, n)) for n in ("tokens", "targets", "positions", "cu_seqlens"))
+        torch.equal(getattr(a, n), getattr(b, n)) for n in ("tokens", "targets", "positions", "cu_seqlens")
+    )
 
 
 SHARDS = st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=40), min_size=1, max_size=30).map(of_documents)
@@ -62,7 +63,7 @@ def check_boundaries(batch: Batch, stream: np.ndarray) -> None:
     text = stream.tobytes()
     for row in range(B):
         kept = int((batch.targets[row] != IGNORE).sum())
-        window = np.append(batch.tokens[row, :kept].numpy(), batch.targets[row, kept - 1:kept].numpy())
+        window = np.append(batch.tokens[row, :kept].numpy(), batch.targets[row, kept - 1 : kept].numpy())
         assert window.astype(np.uint16).tobytes() in text
 
 
@@ -105,7 +106,7 @@ def test_an_epoch_visits_every_window_once(length: int, T: int):
     loader = Loader(shard, 1, T, seed=3)
     n = loader.rows_per_epoch
     assert n == max(1, (length - T) // T)
-    starts = {shard.tokens[s:s + T + 1].astype(np.int64).tobytes(): s for s in range(length - T)}
+    starts = {shard.tokens[s : s + T + 1].astype(np.int64).tobytes(): s for s in range(length - T)}
     shifts = []
     for epoch in range(30):
         assert loader.epoch == epoch
@@ -123,7 +124,7 @@ def test_epochs_differ_and_follow_the_seed():
     again = windows(Loader(shard, 4, 10, 0), 900)
     n = Loader(shard, 4, 10).rows_per_epoch
     assert runs[0] == again != runs[1]
-    assert runs[0][:n] != runs[0][n:2 * n] and runs[0][:n] != sorted(runs[0][:n])
+    assert runs[0][:n] != runs[0][n : 2 * n] and runs[0][:n] != sorted(runs[0][:n])
 
 
 def test_the_order_is_pinned():
@@ -187,11 +188,17 @@ def test_resume_with_another_batch_size_goes_on_where_it_was():
     assert got + windows(second, 300) == straight
 
 
-@pytest.mark.parametrize("change, wanted", [
-    ({"seed": 1}, "seed differs: this run has 1, the state was saved with 0"),
-    ({"seq_len": 8}, "seq_len differs: this run has 8, the state was saved with 16"),
-    ({"shards": counting(500, "b")}, f"shards differs: this run has {'b' * 12}, the state was saved with {'a' * 12}"),
-])
+@pytest.mark.parametrize(
+    "change, wanted",
+    [
+        ({"seed": 1}, "seed differs: this run has 1, the state was saved with 0"),
+        ({"seq_len": 8}, "seq_len differs: this run has 8, the state was saved with 16"),
+        (
+            {"shards": counting(500, "b")},
+            f"shards differs: this run has {'b' * 12}, the state was saved with {'a' * 12}",
+        ),
+    ],
+)
 def test_a_state_of_other_data_is_refused(change: dict, wanted: str):
     options = {"shards": counting(500), "batch_size": 2, "seq_len": 16, "seed": 0}
     state = Loader(**options).state_dict()
@@ -200,9 +207,20 @@ def test_a_state_of_other_data_is_refused(change: dict, wanted: str):
     assert wanted in str(e.value)
 
 
-@pytest.mark.parametrize("state", [{}, [], None, {"rows": -1, "data": {}}, {"rows": 1.5, "data": {}},
-                                   {"rows": True, "data": {}}, {"rows": 1}, {"rows": 1, "data": {}},
-                                   {"rows": 1, "data": {"shards": 3}}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        [],
+        None,
+        {"rows": -1, "data": {}},
+        {"rows": 1.5, "data": {}},
+        {"rows": True, "data": {}},
+        {"rows": 1},
+        {"rows": 1, "data": {}},
+        {"rows": 1, "data": {"shards": 3}},
+    ],
+)
 def test_a_state_that_is_none_is_refused(state: object):
     loader = Loader(counting(500), 2, 16)
     with pytest.raises(InputError, match="^loader state: "):
@@ -273,8 +291,9 @@ def test_held_out_padding_is_one_segment_a_row():
     assert batch.cu_seqlens.tolist() == [0, 4, 5, 8, 16, 24]
 
 
-@pytest.mark.parametrize("limit, rows", [(1, 1), (10, 1), (20, 2), (99, 9), (990, 99), (998, 99), (999, 100),
-                                         (5000, 100)])
+@pytest.mark.parametrize(
+    "limit, rows", [(1, 1), (10, 1), (20, 2), (99, 9), (990, 99), (998, 99), (999, 100), (5000, 100)]
+)
 def test_held_out_with_a_limit_spreads_over_the_shard(limit: int, rows: int):
     shard = counting(1000)
     batches = list(held_out_batches(shard, 1, 10, limit))
@@ -282,7 +301,7 @@ def test_held_out_with_a_limit_spreads_over_the_shard(limit: int, rows: int):
     at = [int(b.tokens[0, 2]) for b in batches]
     assert same(batches[0], next(held_out_batches(shard, 1, 10, limit)))
     assert len(at) == len(batches) and sum(b.n_targets for b in batches) <= max(limit, 10)
-    spread = {shard.tokens[s:s + 10].astype(np.int64).tobytes(): s for s in range(990)}
+    spread = {shard.tokens[s : s + 10].astype(np.int64).tobytes(): s for s in range(990)}
     if 1 < rows < 100:
         starts = [spread[b.tokens[0].numpy().tobytes()] for b in batches]
         assert starts[0] == 0 and starts == sorted(starts) and starts[-1] >= 990 * (rows - 1) / rows - 10

@@ -13,7 +13,9 @@ def test_the_library_example_runs(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(code.splitlines()) <= 25
     env_path = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-    done = subprocess.run([sys.executable, "-c", env_path + code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", env_path + code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/readme/metrics.jsonl").is_file()
     assert "adapt" in done.stdout
@@ -32,3 +34,18 @@ def test_commands_exist():
 
     for command in re.findall(r"^fmcore (\w+)", README, re.MULTILINE):
         assert command in COMMANDS, command
+
+
+def test_options_on_the_command_line_exist():
+    """Every `fmcore ...` line of the README is parsed as the command line would, short of running it."""
+    import importlib
+    import shlex
+
+    from fmcore.cli import COMMANDS, parse
+
+    lines = re.findall(r"^fmcore (\w+) *([^#\n]*)", README, re.MULTILINE)
+    assert len(lines) >= 6
+    for command, rest in lines:
+        module, name, _ = COMMANDS[command]
+        options, _ = parse(getattr(importlib.import_module(module), name), shlex.split(rest), command)
+        assert type(options).__name__ == name

@@ -41,7 +41,7 @@ class Wide(ByteTokenizer):
 def documents_of(shard: Shard) -> list[list[int]]:
     """What stands between the separators."""
     at = np.flatnonzero(shard.tokens == shard.end)
-    return [shard.tokens[a + 1:b].tolist() for a, b in zip(at, at[1:], strict=False)]
+    return [shard.tokens[a + 1 : b].tolist() for a, b in zip(at, at[1:], strict=False)]
 
 
 @pytest.fixture
@@ -73,14 +73,26 @@ def test_the_header_is_as_documented(shard: Path):
     fields = struct.unpack_from("<8sIIQIIIIQQ32s32s", data)
     payload = np.array([END, *b"first", END, *"second \U0001f389".encode(), END], "<u2").tobytes()
     assert data[HEADER_BYTES:] == payload
-    assert fields == (b"FMSHARD\0", 1, 2, len(payload) // 2, 257, 256, 256, 0, 16, 2, hashlib.sha256(payload).digest(),
-                      bytes.fromhex(BYTE.fingerprint()))
+    assert fields == (
+        b"FMSHARD\0",
+        1,
+        2,
+        len(payload) // 2,
+        257,
+        256,
+        256,
+        0,
+        16,
+        2,
+        hashlib.sha256(payload).digest(),
+        bytes.fromhex(BYTE.fingerprint()),
+    )
 
 
 def test_every_flipped_byte_is_noticed(shard: Path):
     data = shard.read_bytes()
     for at in range(len(data)):
-        shard.write_bytes(data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1:])
+        shard.write_bytes(data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1 :])
         with pytest.raises(InputError, match="a.shard"):
             Shard.open(shard)
 
@@ -114,8 +126,20 @@ def test_no_file(tmp_path: Path):
 
 def forged(path: Path, tokens: list[int] | None = None, **changes: object) -> Path:
     """The shard with other fields or ids, and checksums that fit them."""
-    names = ("magic", "version", "width", "count", "vocab_size", "max_token", "end", "zero", "text_bytes", "documents",
-             "sha256", "fingerprint")
+    names = (
+        "magic",
+        "version",
+        "width",
+        "count",
+        "vocab_size",
+        "max_token",
+        "end",
+        "zero",
+        "text_bytes",
+        "documents",
+        "sha256",
+        "fingerprint",
+    )
     data = path.read_bytes()
     fields = dict(zip(names, HEADER.unpack_from(data), strict=True))
     payload = data[HEADER_BYTES:] if tokens is None else np.array(tokens, "<u2").tobytes()
@@ -125,19 +149,22 @@ def forged(path: Path, tokens: list[int] | None = None, **changes: object) -> Pa
     return path
 
 
-@pytest.mark.parametrize("tokens, changes, wanted", [
-    (None, {"version": 2}, "wanted shard version 1, got 2; build it again"),
-    (None, {"width": 3}, "wanted ids of 2 or 4 bytes"),
-    (None, {"width": 4}, "truncated"),
-    (None, {"vocab_size": 256}, "below the vocabulary"),
-    (None, {"end": 1000}, "below the vocabulary"),
-    ([END], {}, "wanted ids of 2 or 4 bytes below the vocabulary, got 2 bytes, 1 ids"),
-    ([END, 300, END], {"documents": 1}, "wanted ids up to 256, got 300"),
-    ([END, 65, END], {"documents": 2}, "wanted 2 documents between separators, got 2 of those"),
-    ([END, END, 65], {"documents": 1}, "wanted 1 documents between separators"),
-    ([65, END, END], {"documents": 1}, "wanted 1 documents between separators"),
-    (None, {"count": 1 << 62}, "truncated"),
-])
+@pytest.mark.parametrize(
+    "tokens, changes, wanted",
+    [
+        (None, {"version": 2}, "wanted shard version 1, got 2; build it again"),
+        (None, {"width": 3}, "wanted ids of 2 or 4 bytes"),
+        (None, {"width": 4}, "truncated"),
+        (None, {"vocab_size": 256}, "below the vocabulary"),
+        (None, {"end": 1000}, "below the vocabulary"),
+        ([END], {}, "wanted ids of 2 or 4 bytes below the vocabulary, got 2 bytes, 1 ids"),
+        ([END, 300, END], {"documents": 1}, "wanted ids up to 256, got 300"),
+        ([END, 65, END], {"documents": 2}, "wanted 2 documents between separators, got 2 of those"),
+        ([END, END, 65], {"documents": 1}, "wanted 1 documents between separators"),
+        ([65, END, END], {"documents": 1}, "wanted 1 documents between separators"),
+        (None, {"count": 1 << 62}, "truncated"),
+    ],
+)
 def test_forged_fields_are_not_believed(shard: Path, tokens: list[int] | None, changes: dict, wanted: str):
     with pytest.raises(InputError) as e:
         Shard.open(forged(shard, tokens, **changes))
@@ -324,10 +351,16 @@ def test_build_again_only_when_something_changed(texts: Path, tmp_path: Path):
     assert not built_again(tmp_path, texts, Wide(), held_out=0.1)
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("held_out.shard", b"x"), ("train.shard", b""), ("shards.json", b"{"), ("shards.json", b"[]"),
-    ("shards.json", b"[" * 100_000),
-])
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("held_out.shard", b"x"),
+        ("train.shard", b""),
+        ("shards.json", b"{"),
+        ("shards.json", b"[]"),
+        ("shards.json", b"[" * 100_000),
+    ],
+)
 def test_build_again_when_something_is_damaged(texts: Path, tmp_path: Path, name: str, damage: bytes):
     before = build_shards(str(texts), BYTE, tmp_path / "out")
     (tmp_path / "out" / name).unlink()

@@ -21,16 +21,36 @@ CODE = Path(os.__file__).with_name("textwrap.py").read_text(encoding="utf-8")
 BYTE, BPE = ByteTokenizer(), BPETokenizer.train([CODE], 512)
 BOTH = pytest.mark.parametrize("tokenizer", [BYTE, BPE], ids=["byte", "bpe"])
 # Text that strains the splitter and the special tokens, besides what hypothesis makes up.
-PIECES = ["<|end|>", "<|", " ", "\n", "\r\n", "\t", "    ", "def", "_x", "1234", "'s", "\xe9", "e\u0301", "\u20ac",
-          "\U0001f389", "\0", "\u2028", "\u0120"]
+PIECES = [
+    "<|end|>",
+    "<|",
+    " ",
+    "\n",
+    "\r\n",
+    "\t",
+    "    ",
+    "def",
+    "_x",
+    "1234",
+    "'s",
+    "\xe9",
+    "e\u0301",
+    "\u20ac",
+    "\U0001f389",
+    "\0",
+    "\u2028",
+    "\u0120",
+]
 TEXT = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
 
 
 def spaces(texts: list[str]) -> BPETokenizer:
     """A tokenizer that is not byte-level: SentencePiece style, words marked with U+2581, bytes as a way out."""
     hf = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
-    hf.pre_tokenizer, hf.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Sequence(
-        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()])
+    hf.pre_tokenizer, hf.decoder = (
+        tokenizers.pre_tokenizers.Metaspace(),
+        tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Metaspace()]),
+    )
     fallback = [f"<0x{b:02X}>" for b in range(256)]
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["</s>", *fallback], show_progress=False)
     hf.train_from_iterator(texts, trainer)
@@ -117,8 +137,14 @@ print(BPETokenizer.train([pathlib.Path(textwrap.__file__).read_text(encoding="ut
 @pytest.mark.parametrize("threads", ["1", "3"])
 def test_training_is_deterministic(threads: str):
     env = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
-    done = subprocess.run([sys.executable, "-c", TRAIN], env=env, capture_output=True, text=True, check=True,
-                          cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert done.stdout.strip() == BPE.fingerprint()
 
 
@@ -139,7 +165,10 @@ def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path: Path):
     loaded = load_tokenizer(tmp_path / "made" / "here")
     assert type(loaded) is type(tokenizer)
     assert (loaded.vocab_size, loaded.end, loaded.fingerprint()) == (
-        tokenizer.vocab_size, tokenizer.end, tokenizer.fingerprint())
+        tokenizer.vocab_size,
+        tokenizer.end,
+        tokenizer.fingerprint(),
+    )
     np.testing.assert_array_equal(loaded.encode(CODE + "<|end|>"), tokenizer.encode(CODE + "<|end|>"))
     assert not list(tmp_path.rglob("*.tmp-*"))
 
@@ -178,8 +207,14 @@ def test_the_fingerprint_does_not_see_how_it_is_written(tmp_path: Path):
     old["model"].pop("ignore_merges", None)
     # Settings of a data loader, not of the tokenizer; they would cut documents.
     old["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
-    old["padding"] = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                      "pad_type_id": 0, "pad_token": "<|end|>"}
+    old["padding"] = {
+        "strategy": {"Fixed": 99},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|end|>",
+    }
     loaded = load_tokenizer(stored(tmp_path / "tokenizer.json", old))
     assert loaded.fingerprint() == BPE.fingerprint()
     assert loaded.decode(loaded.encode(CODE)) == CODE
@@ -267,18 +302,24 @@ def test_its_stream_shows_what_decode_shows(words: list[str]):
 SPACES = spaces([CODE])
 
 
-@pytest.mark.parametrize("content, wanted", [
-    ("", "wanted JSON, got something else"),
-    ("[" * 100000, "wanted JSON, got something else"),
-    ('{"model": 1, "model": 2}', "wanted JSON, got something else (a key occurs twice)"),
-    ('{"model": 1}', "tokenizer.json: wanted a Hugging Face tokenizer.json, got one that cannot be loaded"),
-    ("[1]", "wanted a JSON object, got list"),
-    ("{}", "wanted a Hugging Face tokenizer.json, got one that cannot be loaded"),
-    ('{"model": {"type": "BPE"}}', "tokenizer.json: wanted"),
-    ('{"format": "fmcore-tokenizer", "kind": "piece"}', "kind must be 'byte' or 'bpe', got 'piece'"),
-    ('{"format": "fmcore-tokenizer", "kind": "bpe", "end": 3}', "end must be a string, got 3"),
-    ('{"format": "fmcore-tokenizer", "kind": "byte", "fingerprint": "00"}', "wanted the tokenizer with fingerprint 00"),
-])
+@pytest.mark.parametrize(
+    "content, wanted",
+    [
+        ("", "wanted JSON, got something else"),
+        ("[" * 100000, "wanted JSON, got something else"),
+        ('{"model": 1, "model": 2}', "wanted JSON, got something else (a key occurs twice)"),
+        ('{"model": 1}', "tokenizer.json: wanted a Hugging Face tokenizer.json, got one that cannot be loaded"),
+        ("[1]", "wanted a JSON object, got list"),
+        ("{}", "wanted a Hugging Face tokenizer.json, got one that cannot be loaded"),
+        ('{"model": {"type": "BPE"}}', "tokenizer.json: wanted"),
+        ('{"format": "fmcore-tokenizer", "kind": "piece"}', "kind must be 'byte' or 'bpe', got 'piece'"),
+        ('{"format": "fmcore-tokenizer", "kind": "bpe", "end": 3}', "end must be a string, got 3"),
+        (
+            '{"format": "fmcore-tokenizer", "kind": "byte", "fingerprint": "00"}',
+            "wanted the tokenizer with fingerprint 00",
+        ),
+    ],
+)
 def test_files_that_are_no_tokenizer(tmp_path: Path, content: str, wanted: str):
     with pytest.raises(InputError) as e:
         load_tokenizer(stored(tmp_path / "tokenizer.json", content))
@@ -320,7 +361,8 @@ except InputError as e:
 
 
 def test_bytes_need_no_package():
-    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, check=True,
-                          cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", BARE], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
     assert done.stdout.splitlines()[0] == "fine"
     assert "pip install tokenizers" in done.stdout.splitlines()[1]

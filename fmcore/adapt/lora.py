@@ -90,7 +90,7 @@ def projections(config: Config) -> list[Projection]:
     for layer, members in layers.items():
         at = 0
         # From the end: a Llama with GELU has no gate, which comes first.
-        for (target, rows), path in zip(members.items(), family.layer[layer][-len(members):], strict=True):
+        for (target, rows), path in zip(members.items(), family.layer[layer][-len(members) :], strict=True):
             found.append(Projection(target, layer, slice(at, at + rows), path))
             at += rows
     return found
@@ -129,8 +129,16 @@ class _LoraProduct(torch.autograd.Function):
         dx = dy @ w if need_x else None
         if dx is not None and dropped is None:
             dx.addmm_(ds, a)
-        return (dx, ds @ a if need_dropped else None, dy.T @ x if need_w else None, dy.sum(0) if need_bias else None,
-                ds.T @ (x if dropped is None else dropped) if need_a else None, db, None, None)
+        return (
+            dx,
+            ds @ a if need_dropped else None,
+            dy.T @ x if need_w else None,
+            dy.sum(0) if need_bias else None,
+            ds.T @ (x if dropped is None else dropped) if need_a else None,
+            db,
+            None,
+            None,
+        )
 
 
 def _segments(rows: tuple[slice, ...], s: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -160,8 +168,9 @@ class LoraLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias)
         flat = x.reshape(-1, self.in_features)
         dropped = F.dropout(flat, self.config.dropout) if self.training and self.config.dropout else None
-        y = _LoraProduct.apply(flat, dropped, self.weight, self.bias, self.lora_a, self.lora_b, self.rows,
-                               self.config.scale)
+        y = _LoraProduct.apply(
+            flat, dropped, self.weight, self.bias, self.lora_a, self.lora_b, self.rows, self.config.scale
+        )
         return y.unflatten(0, x.shape[:-1])
 
     @torch.no_grad()
@@ -294,8 +303,10 @@ def _peft_targets(config: Config, lora: LoraConfig) -> list[str]:
     """The last name where it says enough; GPT-2 calls two different layers c_proj."""
     paths = [p.hf for p in projections(config)]
     last = [path.rpartition(".")[2] for path in paths]
-    return [p.hf if last.count(p.hf.rpartition(".")[2]) > 1 else p.hf.rpartition(".")[2]
-            for p in _targeted(config, lora.targets)]
+    return [
+        p.hf if last.count(p.hf.rpartition(".")[2]) > 1 else p.hf.rpartition(".")[2]
+        for p in _targeted(config, lora.targets)
+    ]
 
 
 # Fields that change nothing here, or are looked at by name. Every other one must have a value that means "not used".
@@ -327,9 +338,11 @@ def load_adapter(model: Decoder, folder: Path | str) -> Decoder:
         has = _adapter_config(model)
         if (has.rank, has.scale, _targeted(model.config, has.targets)) != (
                 config.rank, config.scale, _targeted(model.config, targets)):  # fmt: skip
-            raise InputError(f"{folder}: wanted an adapter like the one the model has, rank {has.rank} and scale "
-                             f"{has.scale:g} on {has.targets}, got rank {config.rank} and scale {config.scale:g} on "
-                             f"{targets}; load it into the base model")
+            raise InputError(
+                f"{folder}: wanted an adapter like the one the model has, rank {has.rank} and scale "
+                f"{has.scale:g} on {has.targets}, got rank {config.rank} and scale {config.scale:g} on "
+                f"{targets}; load it into the base model"
+            )
     tensors = read_safetensors(folder / WEIGHTS)
     if not adapted:
         add_lora(model, config)
@@ -348,19 +361,26 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> LoraConfig:
         if name not in _READ and value not in _UNUSED:
             raise InputError(f"{path}: {name} is not supported, got {_short(value)}")
     if settings.get("init_lora_weights") not in _STARTS:
-        raise InputError(f"{path}: init_lora_weights {_short(settings['init_lora_weights'])} changes the base model; "
-                         f"convert it to a plain adapter with PEFT (path_initial_model_for_weight_conversion)")
+        raise InputError(
+            f"{path}: init_lora_weights {_short(settings['init_lora_weights'])} changes the base model; "
+            f"convert it to a plain adapter with PEFT (path_initial_model_for_weight_conversion)"
+        )
     if not isinstance(settings.get("use_rslora", False), bool):
         raise InputError(f"{path}: use_rslora must be true or false, got {_short(settings['use_rslora'])}")
     try:
-        return LoraConfig(settings.get("r", 8), settings.get("lora_alpha", 8), settings.get("lora_dropout", 0.0),
-                          rslora=settings.get("use_rslora", False))
+        return LoraConfig(
+            settings.get("r", 8),
+            settings.get("lora_alpha", 8),
+            settings.get("lora_dropout", 0.0),
+            rslora=settings.get("use_rslora", False),
+        )
     except InputError as e:
         raise InputError(f"{path}: {str(e)[:200]}") from None
 
 
-def _check_tensors(path: Path, model: Decoder, header: dict[str, tuple[torch.dtype, tuple[int, ...]]],
-                   rank: int) -> tuple[str, ...]:
+def _check_tensors(
+    path: Path, model: Decoder, header: dict[str, tuple[torch.dtype, tuple[int, ...]]], rank: int
+) -> tuple[str, ...]:
     """The targets that the file has tensors for; all of them in all layers, and nothing else."""
     wanted: dict[str, tuple[str, tuple[int, int]]] = {}
     for i, block in enumerate(model.layers):
@@ -372,8 +392,10 @@ def _check_tensors(path: Path, model: Decoder, header: dict[str, tuple[torch.dty
         if name not in wanted:
             raise InputError(f"{path}: {_short(name)} fits no layer of this model; is the adapter for another one?")
         if shape != wanted[name][1] or not dtype.is_floating_point:
-            raise InputError(f"{path}: {name} must be {wanted[name][1]} floating, got {shape} {str(dtype)[6:]}; "
-                             f"is the adapter for another model?")
+            raise InputError(
+                f"{path}: {name} must be {wanted[name][1]} floating, got {shape} {str(dtype)[6:]}; "
+                f"is the adapter for another model?"
+            )
     found = {wanted[name][0] for name in header}
     if missing := [name for name, (target, _) in wanted.items() if target in found and name not in header]:
         raise InputError(f"{path}: wanted {missing[0]} as well, got an adapter without it (some layers, or truncated)")

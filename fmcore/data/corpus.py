@@ -8,6 +8,7 @@
 
 A folder called "stdlib" is read as "./stdlib". Blank documents are left out. All errors are InputError.
 """
+
 import hashlib
 import json
 import os
@@ -61,8 +62,10 @@ def describe_source(source: str, field: str = "text") -> dict[str, Any]:
     lines = "".join(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n" for name, stat in stats)
     described |= {"python": platform.python_version()} if source == "stdlib" else {}
     return described | {
-        "files": len(stats), "bytes": sum(stat.st_size for _, stat in stats),
-        "sha256": hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()}
+        "files": len(stats),
+        "bytes": sum(stat.st_size for _, stat in stats),
+        "sha256": hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest(),
+    }
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,13 @@ def plan_split(documents: Iterable[Document], held_out: float = 0.05) -> Split:
     distinct, which = np.unique(np.array(hashes, np.uint64), return_inverse=True)
     weight = np.bincount(which, np.array(sizes, np.float64))  # bytes, copies together
     held = _held(weight, held_out) if len(distinct) > 1 else []
-    return Split(held_out, frozenset(distinct[held].tolist()) if held else frozenset(), cut=len(distinct) == 1,
-                 documents=len(hashes), text_bytes=sum(sizes))
+    return Split(
+        held_out,
+        frozenset(distinct[held].tolist()) if held else frozenset(),
+        cut=len(distinct) == 1,
+        documents=len(hashes),
+        text_bytes=sum(sizes),
+    )
 
 
 def split_documents(documents: Iterable[Document], held_out: float = 0.05) -> tuple[list[Document], list[Document]]:
@@ -145,8 +153,10 @@ def _cut(document: Document, held_out: float) -> tuple[Document, Document]:
     if not text[:at].strip() or not text[at:].strip():
         at = target
     if not text[:at].strip() or not text[at:].strip():
-        raise InputError(f"{document.name}: wanted text that can be split into a training and a held-out part, got "
-                         f"{len(text)} characters")
+        raise InputError(
+            f"{document.name}: wanted text that can be split into a training and a held-out part, got "
+            f"{len(text)} characters"
+        )
     return Document(document.name, text[:at]), Document(f"{document.name} (tail)", text[at:])
 
 
@@ -254,8 +264,9 @@ def _topics() -> Iterator[Document]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise InputError("topics: wanted the module pydoc_data.topics, got a Python without it; "
-                         f"take another source: {SOURCES}") from None
+        raise InputError(
+            f"topics: wanted the module pydoc_data.topics, got a Python without it; take another source: {SOURCES}"
+        ) from None
     return (Document(f"topics/{name}", topics[name]) for name in sorted(topics))
 
 
@@ -275,5 +286,6 @@ def _data_set(source: str, field: str) -> Iterator[Document]:
     except Exception as e:
         raise InputError(f"{source}: could not be loaded: {type(e).__name__}: {one_line(e)}") from e
     wanted = f"wanted a text in field {field!r}, got"
-    return (Document(f"{path}:{i}", _checked_text(row, field, f"{source}: row {i}: {wanted}"))
-            for i, row in enumerate(rows))
+    return (
+        Document(f"{path}:{i}", _checked_text(row, field, f"{source}: row {i}: {wanted}")) for i, row in enumerate(rows)
+    )

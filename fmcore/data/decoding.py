@@ -1,4 +1,5 @@
 """Token ids back to text, all at once or as they are sampled."""
+
 import codecs
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -51,4 +52,4 @@ class StreamDecoder:
 
     def _after_shown(self) -> str:
         # Other decoders look at neighbours (is there a space before this word?), so what was shown last goes along.
-        return self._tokenizer.decode(self._shown + self._held)[len(self._tokenizer.decode(self._shown)):]
+        return self._tokenizer.decode(self._shown + self._held)[len(self._tokenizer.decode(self._shown)) :]

@@ -6,6 +6,7 @@ A document (a segment) starts at every `end` in the inputs and at every row star
 `cu_seqlens` holds where segments start in the flattened rows. The target after the last token of a document is the next
 `end`, so none crosses a boundary and none is wasted.
 """
+
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -38,8 +39,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on `device`; `cu_seqlens` stays, so that launch sizes are known without a sync."""
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True)
-                                for name in ("tokens", "targets", "positions")})
+        return replace(
+            self,
+            **{name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "targets", "positions")},
+        )
 
 
 def pack(rows: np.ndarray, end: int, ignore_from: int | None = None) -> Batch:
@@ -53,15 +56,22 @@ def pack(rows: np.ndarray, end: int, ignore_from: int | None = None) -> Batch:
     starts[:, 0] = True
     cu_seqlens = np.append(np.flatnonzero(starts), B * T)
     positions = np.arange(B * T) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(positions.reshape(B, T)),
-                 torch.from_numpy(cu_seqlens.astype(np.int32)), n_targets)
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(targets),
+        torch.from_numpy(positions.reshape(B, T)),
+        torch.from_numpy(cu_seqlens.astype(np.int32)),
+        n_targets,
+    )
 
 
 def check_vocab(shard: Shard, vocab_size: int) -> None:
     """Raises InputError when the shard holds an id that a model of `vocab_size` has no row for."""
     if shard.max_token >= vocab_size:
-        raise InputError(f"{shard.path}: wanted ids below the model's vocabulary {vocab_size}, got ids up to "
-                         f"{shard.max_token}; take the tokenizer of the model")
+        raise InputError(
+            f"{shard.path}: wanted ids below the model's vocabulary {vocab_size}, got ids up to "
+            f"{shard.max_token}; take the tokenizer of the model"
+        )
 
 
 class Loader:
@@ -73,8 +83,15 @@ class Loader:
     Fewer than 2T tokens of each shard, at its ends, stay out of an epoch and come back in others.
     """
 
-    def __init__(self, shards: Shard | Sequence[Shard], batch_size: int, seq_len: int, seed: int = 0, rank: int = 0,
-                 world: int = 1):
+    def __init__(
+        self,
+        shards: Shard | Sequence[Shard],
+        batch_size: int,
+        seq_len: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.shards = [shards] if isinstance(shards, Shard) else list(shards)
         self.batch_size, self.seq_len, self.seed, self.rank, self.world = batch_size, seq_len, seed, rank, world
         self.rows = 0
@@ -96,8 +113,10 @@ class Loader:
         for shard in self.shards:
             _check_length(shard, self.seq_len)
             if shard.fingerprint != self.shards[0].fingerprint:
-                raise InputError(f"{shard.path}: wanted ids of the same tokenizer as {self.shards[0].path}, "
-                                 f"{self.shards[0].fingerprint[:12]}, got {shard.fingerprint[:12]}")
+                raise InputError(
+                    f"{shard.path}: wanted ids of the same tokenizer as {self.shards[0].path}, "
+                    f"{self.shards[0].fingerprint[:12]}, got {shard.fingerprint[:12]}"
+                )
 
     @property
     def epoch(self) -> int:
@@ -110,7 +129,7 @@ class Loader:
         self.rows += self.world * self.batch_size
         rows = np.empty((self.batch_size, self.seq_len + 1), np.int64)
         for row, (shard, start) in zip(rows, self._windows(first), strict=True):
-            row[:] = shard.tokens[start:start + self.seq_len + 1]
+            row[:] = shard.tokens[start : start + self.seq_len + 1]
         return pack(rows, self.shards[0].end)
 
     def _windows(self, first: int) -> Iterator[tuple[Shard, int]]:
@@ -126,8 +145,12 @@ class Loader:
             epoch, first = epoch + 1, stop
 
     def _data(self) -> dict[str, Any]:
-        return {"shards": [shard.sha256 for shard in self.shards], "tokenizer": self.shards[0].fingerprint,
-                "seed": self.seed, "seq_len": self.seq_len}
+        return {
+            "shards": [shard.sha256 for shard in self.shards],
+            "tokenizer": self.shards[0].fingerprint,
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Rows consumed and what they were taken from, ready for JSON."""
@@ -137,12 +160,15 @@ class Loader:
         """Go on from `state`. Raises InputError when it belongs to other data, another seed or another T."""
         rows, data = (state.get("rows"), state.get("data")) if isinstance(state, dict) else (None, None)
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0 or not isinstance(data, dict):
-            raise InputError(f"loader state: wanted rows (a count) and data, got rows {rows!r} and a "
-                             f"{type(data).__name__}")
+            raise InputError(
+                f"loader state: wanted rows (a count) and data, got rows {rows!r} and a {type(data).__name__}"
+            )
         for name, value in self._data().items():
             if data.get(name) != value:
-                raise InputError(f"loader state: {name} differs: this run has {_short(value)}, the state was saved "
-                                 f"with {_short(data.get(name))}; resume with the same data, seed and seq_len")
+                raise InputError(
+                    f"loader state: {name} differs: this run has {_short(value)}, the state was saved "
+                    f"with {_short(data.get(name))}; resume with the same data, seed and seq_len"
+                )
         self.rows = rows
 
 
@@ -153,8 +179,10 @@ def held_out_batches(shard: Shard, batch_size: int, seq_len: int, max_tokens: in
     are heard. A shard shorter than one window is padded.
     """
     if batch_size < 1 or seq_len < 1 or (max_tokens is not None and max_tokens < 1):
-        raise InputError(f"held_out_batches: batch_size, seq_len and max_tokens must be at least 1, got {batch_size}, "
-                         f"{seq_len}, {max_tokens}")
+        raise InputError(
+            f"held_out_batches: batch_size, seq_len and max_tokens must be at least 1, got {batch_size}, "
+            f"{seq_len}, {max_tokens}"
+        )
     count = math.ceil((len(shard) - 1) / seq_len)
     starts = np.arange(count) * seq_len
     if max_tokens is not None and max_tokens < len(shard) - 1:
@@ -171,10 +199,10 @@ def _in_order(shard: Shard, batch_size: int, seq_len: int, starts: np.ndarray) -
     for first in range(0, len(starts), batch_size):
         rows = np.full((batch_size, seq_len + 1), filler, np.int64)
         n_targets = 0
-        for row, start in zip(rows, starts[first:first + batch_size].tolist(), strict=False):
-            window = shard.tokens[start:start + seq_len + 1]
-            row[:len(window)] = window
-            row[len(window):len(window) + 1] = shard.end
+        for row, start in zip(rows, starts[first : first + batch_size].tolist(), strict=False):
+            window = shard.tokens[start : start + seq_len + 1]
+            row[: len(window)] = window
+            row[len(window) : len(window) + 1] = shard.end
             n_targets += len(window) - 1
         yield pack(rows, shard.end, n_targets)
 
@@ -210,14 +238,16 @@ def _mixed(x: np.ndarray, key: int) -> np.ndarray:
 def _key(seed: int, epoch: int) -> tuple[int, int, int]:
     """Three 64-bit numbers of (seed, epoch): one for the order, two for the shifts."""
     digest = hashlib.sha256(f"fmcore loader {seed} {epoch}".encode()).digest()
-    order, shift, step = (int.from_bytes(digest[8 * n:8 * n + 8], "big") for n in range(3))
+    order, shift, step = (int.from_bytes(digest[8 * n : 8 * n + 8], "big") for n in range(3))
     return order, shift, step
 
 
 def _check_length(shard: Shard, seq_len: int) -> None:
     if len(shard) < seq_len + 1:
-        raise InputError(f"{shard.path}: wanted at least seq_len + 1 = {seq_len + 1} tokens, got {len(shard)}; take "
-                         f"more text or a shorter seq_len")
+        raise InputError(
+            f"{shard.path}: wanted at least seq_len + 1 = {seq_len + 1} tokens, got {len(shard)}; take "
+            f"more text or a shorter seq_len"
+        )
 
 
 def _short(value: Any) -> str:

@@ -6,6 +6,7 @@ One `end` stands in front of every document and one closes the file, so that the
 too. Header, little endian: magic, version, bytes per id, count, vocabulary size, largest id, end id, bytes of source
 text, documents, sha256 of the ids, fingerprint of the tokenizer, sha256 of the header up to here, zeros.
 """
+
 import hashlib
 import os
 import struct
@@ -72,19 +73,22 @@ class Shard:
 
     @classmethod
     def _from_header(cls, path: Path, header: bytes, size: int) -> "Shard":
-        if header[:len(MAGIC)] != MAGIC:
-            raise InputError(f"{path}: wanted a token shard (first bytes {MAGIC!r}), got {header[:len(MAGIC)]!r}")
+        if header[: len(MAGIC)] != MAGIC:
+            raise InputError(f"{path}: wanted a token shard (first bytes {MAGIC!r}), got {header[: len(MAGIC)]!r}")
         if len(header) < HEADER_BYTES:
             raise InputError(f"{path}: wanted a header of {HEADER_BYTES} bytes, got a file of {size}: truncated")
-        (_, version, width, count, vocab_size, max_token, end, _, text_bytes, documents, sha256,
-         fingerprint) = HEADER.unpack_from(header)
+        (_, version, width, count, vocab_size, max_token, end, _, text_bytes, documents, sha256, fingerprint) = (
+            HEADER.unpack_from(header)
+        )
         if version != VERSION:
             raise InputError(f"{path}: wanted shard version {VERSION}, got {version}; build it again from its source")
-        if _sealed(header[:HEADER.size]) != header:
+        if _sealed(header[: HEADER.size]) != header:
             raise InputError(f"{path}: the header does not match its sha256: damaged; build it again from its source")
         if width not in (2, 4) or count < 2 or not max(end, max_token) < vocab_size:
-            raise InputError(f"{path}: wanted ids of 2 or 4 bytes below the vocabulary, got {width} bytes, {count} "
-                             f"ids, end {end}, largest {max_token}, vocabulary {vocab_size}")
+            raise InputError(
+                f"{path}: wanted ids of 2 or 4 bytes below the vocabulary, got {width} bytes, {count} "
+                f"ids, end {end}, largest {max_token}, vocabulary {vocab_size}"
+            )
         if size != HEADER_BYTES + count * width:
             kind = "truncated" if size < HEADER_BYTES + count * width else "something was appended"
             raise InputError(f"{path}: wanted {HEADER_BYTES + count * width} bytes, got {size}: {kind}")
@@ -95,13 +99,15 @@ class Shard:
     def _verify(self) -> None:
         digest, largest, ends = hashlib.sha256(), 0, 0
         for start in range(0, len(self), CHUNK):
-            chunk = self.tokens[start:start + CHUNK]
+            chunk = self.tokens[start : start + CHUNK]
             digest.update(chunk.data)
             largest = max(largest, int(chunk.max()))
             ends += int(np.count_nonzero(chunk == self.end))
         if digest.hexdigest() != self.sha256:
-            raise InputError(f"{self.path}: wanted ids with sha256 {self.sha256[:12]}, got {digest.hexdigest()[:12]}: "
-                             f"damaged; build it again from its source")
+            raise InputError(
+                f"{self.path}: wanted ids with sha256 {self.sha256[:12]}, got {digest.hexdigest()[:12]}: "
+                f"damaged; build it again from its source"
+            )
         if largest != self.max_token:
             raise InputError(f"{self.path}: wanted ids up to {self.max_token}, got {largest}")
         if ends != self.documents + 1 or self.tokens[0] != self.end or self.tokens[-1] != self.end:
@@ -110,9 +116,11 @@ class Shard:
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises InputError when the shard was made with another tokenizer."""
         if self.fingerprint != tokenizer.fingerprint():
-            raise InputError(f"{self.path}: wanted ids of the tokenizer {tokenizer.fingerprint()[:12]} (vocabulary "
-                             f"{tokenizer.vocab_size}), got ids of {self.fingerprint[:12]} (vocabulary "
-                             f"{self.vocab_size}); build it again with this tokenizer")
+            raise InputError(
+                f"{self.path}: wanted ids of the tokenizer {tokenizer.fingerprint()[:12]} (vocabulary "
+                f"{tokenizer.vocab_size}), got ids of {self.fingerprint[:12]} (vocabulary "
+                f"{self.vocab_size}); build it again with this tokenizer"
+            )
 
 
 class ShardWriter:
@@ -150,9 +158,11 @@ class ShardWriter:
             return
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self._tokenizer.vocab_size or (tokens == self._tokenizer.end).any():
-            raise InputError(f"{self.path}: document {self.documents} must hold ids in "
-                             f"[0, {self._tokenizer.vocab_size}) without the separator "
-                             f"{self._tokenizer.end}, got {low} to {high}")
+            raise InputError(
+                f"{self.path}: document {self.documents} must hold ids in "
+                f"[0, {self._tokenizer.vocab_size}) without the separator "
+                f"{self._tokenizer.end}, got {low} to {high}"
+            )
         if text_bytes is None:
             if self._sizes is None:
                 self._sizes = self._tokenizer.token_bytes()
@@ -163,8 +173,9 @@ class ShardWriter:
         self.documents += 1
         self.text_bytes += text_bytes
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._finish()
@@ -185,9 +196,20 @@ class ShardWriter:
         if not self.documents:
             raise InputError(f"{self.path}: wanted at least one document that is not empty, got none")
         self._write(self._end)
-        header = HEADER.pack(MAGIC, VERSION, self._dtype.itemsize, self.count, self._tokenizer.vocab_size,
-                             self._max_token, self._tokenizer.end, 0, self.text_bytes, self.documents,
-                             self._digest.digest(), bytes.fromhex(self._tokenizer.fingerprint()))
+        header = HEADER.pack(
+            MAGIC,
+            VERSION,
+            self._dtype.itemsize,
+            self.count,
+            self._tokenizer.vocab_size,
+            self._max_token,
+            self._tokenizer.end,
+            0,
+            self.text_bytes,
+            self.documents,
+            self._digest.digest(),
+            bytes.fromhex(self._tokenizer.fingerprint()),
+        )
         self._file.seek(0)
         self._file.write(_sealed(header))
         self._file.flush()
@@ -213,8 +235,14 @@ def write_shard(path: str | os.PathLike[str], documents: Iterable[np.ndarray], t
             writer.add(tokens)
 
 
-def build_shards(source: str, tokenizer: Tokenizer, folder: str | os.PathLike[str], held_out: float = 0.05,
-                 progress: Callable[[int, int], None] | None = None, field: str = "text") -> tuple[Shard, Shard]:
+def build_shards(
+    source: str,
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike[str],
+    held_out: float = 0.05,
+    progress: Callable[[int, int], None] | None = None,
+    field: str = "text",
+) -> tuple[Shard, Shard]:
     """Training and held-out shards of `source` (see `read_documents`), in `folder`.
 
     Shards that are there and were made from the same source with the same tokenizer and fraction are used again. A
@@ -223,8 +251,12 @@ def build_shards(source: str, tokenizer: Tokenizer, folder: str | os.PathLike[st
     if (Path(source) / RECORD).is_file():
         return open_shards(source, tokenizer)
     folder = Path(folder)
-    wanted = {"version": VERSION, "tokenizer": tokenizer.fingerprint(), "held_out": held_out,
-              "source": describe_source(source, field)}
+    wanted = {
+        "version": VERSION,
+        "tokenizer": tokenizer.fingerprint(),
+        "held_out": held_out,
+        "source": describe_source(source, field),
+    }
     if shards := _matching(folder, wanted):
         return shards
     # A record speaks for the shards beside it, so it goes before they do and comes back after them.
@@ -261,19 +293,25 @@ def _matching(folder: Path, wanted: dict[str, Any]) -> tuple[Shard, Shard] | Non
     return shards if record.get("sha256") == [shard.sha256 for shard in shards] else None
 
 
-def _encode(source: str, tokenizer: Tokenizer, folder: Path, held_out: float, progress: Callable[[int, int], None],
-            field: str) -> int:
+def _encode(
+    source: str, tokenizer: Tokenizer, folder: Path, held_out: float, progress: Callable[[int, int], None], field: str
+) -> int:
     """Writes both shards in a second pass over the documents; returns how many files were no text."""
     split = plan_split(read_documents(source, field), held_out)
     skipped: list[str] = []
     done = 0
     with ShardWriter(folder / TRAIN, tokenizer) as train, ShardWriter(folder / HELD_OUT, tokenizer) as held:
         for group in _groups(read_documents(source, field, skipped)):
-            parts = [(writer, part.text) for document in group
-                     for writer, part in zip((train, held), split.parts(document), strict=True) if part]
+            parts = [
+                (writer, part.text)
+                for document in group
+                for writer, part in zip((train, held), split.parts(document), strict=True)
+                if part
+            ]
             sizes = [len(text.encode()) for _, text in parts]
-            for (writer, _), tokens, size in zip(parts, tokenizer.encode_batch([text for _, text in parts]), sizes,
-                                                 strict=True):
+            for (writer, _), tokens, size in zip(
+                parts, tokenizer.encode_batch([text for _, text in parts]), sizes, strict=True
+            ):
                 writer.add(tokens, size)
             done += sum(sizes)
             progress(done, split.text_bytes)

@@ -5,6 +5,7 @@
 Every tokenizer has one separator token, `end`, that stands between documents and for no text. `encode` never yields it:
 text that happens to spell a special token is encoded as ordinary text.
 """
+
 import hashlib
 import json
 import os
@@ -118,24 +119,31 @@ class BPETokenizer(Tokenizer):
         hf.encode_special_tokens = True
         self.table = self._table()
         if self.end in hf.encode(self.end_text, add_special_tokens=False).ids:
-            raise InputError(f"{name}: the separator {self.end_text!r} must be a special token that text cannot spell, "
-                             f"got one that encode yields; name another with end=")
+            raise InputError(
+                f"{name}: the separator {self.end_text!r} must be a special token that text cannot spell, "
+                f"got one that encode yields; name another with end="
+            )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """Byte-level BPE with at most `vocab_size` ids (fewer when the texts have no more pairs); deterministic."""
         if vocab_size < 257:
-            raise InputError(f"BPETokenizer.train: vocab_size must be at least 257 (256 bytes and {END}), got "
-                             f"{vocab_size}")
+            raise InputError(
+                f"BPETokenizer.train: vocab_size must be at least 257 (256 bytes and {END}), got {vocab_size}"
+            )
         lib = _tokenizers()
         hf = lib.Tokenizer(lib.models.BPE())
-        hf.pre_tokenizer = lib.pre_tokenizers.Sequence([
-            lib.pre_tokenizers.Split(lib.Regex(SPLIT), "isolated"),
-            lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        hf.pre_tokenizer = lib.pre_tokenizers.Sequence(
+            [
+                lib.pre_tokenizers.Split(lib.Regex(SPLIT), "isolated"),
+                lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         hf.decoder = lib.decoders.ByteLevel()
         alphabet = lib.pre_tokenizers.ByteLevel.alphabet()
-        trainer = lib.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet,
-                                          show_progress=False)
+        trainer = lib.trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        )
         hf.train_from_iterator((text for text in texts if _utf8(text)), trainer)
         return cls(hf, END)
 
@@ -149,8 +157,9 @@ class BPETokenizer(Tokenizer):
         except InputError:
             raise
         except Exception as e:
-            raise InputError(f"{name}: wanted a Hugging Face tokenizer.json, got one that cannot be loaded: "
-                             f"{one_line(e)}") from e
+            raise InputError(
+                f"{name}: wanted a Hugging Face tokenizer.json, got one that cannot be loaded: {one_line(e)}"
+            ) from e
 
     def _table(self) -> tuple[bytes, ...] | None:
         decoder = json.loads(self.hf.to_str()).get("decoder") or {}
@@ -221,7 +230,7 @@ class BPETokenizer(Tokenizer):
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], end: str | None = None) -> Tokenizer:
-    """"byte", a `tokenizer.json`, or a folder that holds what `save` wrote or a `tokenizer.json`.
+    """ "byte", a `tokenizer.json`, or a folder that holds what `save` wrote or a `tokenizer.json`.
 
     Raises InputError when there is none, or when it is not the one that was saved.
     """
@@ -250,8 +259,10 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], end: str | None = None)
         raise InputError(f"{path}: kind must be 'byte' or 'bpe', got {definition.get('kind')!r}")
     if end is None and definition.get("fingerprint") != tokenizer.fingerprint():
         saved = str(definition.get("fingerprint"))[:12]
-        raise InputError(f"{path}: wanted the tokenizer with fingerprint {saved}, got "
-                         f"{tokenizer.fingerprint()[:12]}: {HF_FORM} beside it has changed since it was saved")
+        raise InputError(
+            f"{path}: wanted the tokenizer with fingerprint {saved}, got "
+            f"{tokenizer.fingerprint()[:12]}: {HF_FORM} beside it has changed since it was saved"
+        )
     return tokenizer
 
 
@@ -270,8 +281,9 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise InputError(f"text must be valid Unicode, got the lone surrogate {text[e.start]!r} at character "
-                         f"{e.start}") from None
+        raise InputError(
+            f"text must be valid Unicode, got the lone surrogate {text[e.start]!r} at character {e.start}"
+        ) from None
 
 
 def _find_end(hf: Any, end: str | None, name: str) -> str:
@@ -294,8 +306,10 @@ def _tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise InputError("a BPE tokenizer needs the package 'tokenizers', got none installed; "
-                         "pip install tokenizers, or take the tokenizer 'byte'") from None
+        raise InputError(
+            "a BPE tokenizer needs the package 'tokenizers', got none installed; "
+            "pip install tokenizers, or take the tokenizer 'byte'"
+        ) from None
     return tokenizers
 
 

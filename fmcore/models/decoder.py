@@ -55,8 +55,11 @@ class Config:
     init_std: float = 0.02  # of matrices; those that write to the residual stream get 1 / sqrt(2 layers) of it
 
     def __post_init__(self):
-        for name, allowed in (("norm", ("rms", "layer")), ("activation", ("swiglu", "gelu_tanh", "gelu")),
-                              ("positions", ("rope", "learned"))):
+        for name, allowed in (
+            ("norm", ("rms", "layer")),
+            ("activation", ("swiglu", "gelu_tanh", "gelu")),
+            ("positions", ("rope", "learned")),
+        ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"config: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for field in fields(self):
@@ -84,15 +87,38 @@ class Config:
 
 
 def _gpt2(layers: int, width: int, heads: int) -> Config:
-    return Config(vocab_size=50257, layers=layers, width=width, heads=heads, ffn=4 * width, context=1024, norm="layer",
-                  norm_eps=1e-5, activation="gelu_tanh", positions="learned", bias=True, tied=True)
+    return Config(
+        vocab_size=50257,
+        layers=layers,
+        width=width,
+        heads=heads,
+        ffn=4 * width,
+        context=1024,
+        norm="layer",
+        norm_eps=1e-5,
+        activation="gelu_tanh",
+        positions="learned",
+        bias=True,
+        tied=True,
+    )
 
 
 def _llama3(layers: int, width: int, heads: int, ffn: int, factor: float, tied: bool) -> Config:
-    return Config(vocab_size=128256, layers=layers, width=width, heads=heads, kv_heads=8, ffn=ffn, context=131072,
-                  norm_eps=1e-5, rope_theta=500000.0, tied=tied,
-                  rope_scaling=RopeScaling(factor=factor, low_freq_factor=1.0, high_freq_factor=4.0,
-                                           original_max_position_embeddings=8192))
+    return Config(
+        vocab_size=128256,
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=8,
+        ffn=ffn,
+        context=131072,
+        norm_eps=1e-5,
+        rope_theta=500000.0,
+        tied=tied,
+        rope_scaling=RopeScaling(
+            factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+        ),
+    )
 
 
 PRESETS: dict[str, Config] = {
@@ -103,8 +129,19 @@ PRESETS: dict[str, Config] = {
     "gpt2-1.5b": _gpt2(48, 1600, 25),
     "llama-3.2-1b": _llama3(16, 2048, 32, 8192, 32.0, tied=True),
     "llama-3.1-8b": _llama3(32, 4096, 32, 14336, 8.0, tied=False),
-    "qwen3-0.6b": Config(vocab_size=151936, layers=28, width=1024, heads=16, kv_heads=8, head_dim=128, ffn=3072,
-                         context=40960, rope_theta=1000000.0, qk_norm=True, tied=True),
+    "qwen3-0.6b": Config(
+        vocab_size=151936,
+        layers=28,
+        width=1024,
+        heads=16,
+        kv_heads=8,
+        head_dim=128,
+        ffn=3072,
+        context=40960,
+        rope_theta=1000000.0,
+        qk_norm=True,
+        tied=True,
+    ),
 }
 
 
@@ -149,17 +186,32 @@ class Block(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
         self.up = nn.Linear(C, 2 * F if config.activation == "swiglu" else F, bias=config.bias)
-        self.activation = (SwiGLU() if config.activation == "swiglu" else
-                           GELU("tanh" if config.activation == "gelu_tanh" else "none"))
+        self.activation = (
+            SwiGLU() if config.activation == "swiglu" else GELU("tanh" if config.activation == "gelu_tanh" else "none")
+        )
         self.down = nn.Linear(F, C, bias=config.bias)
 
-    def forward(self, x: Tensor, B: int, angles: tuple[Tensor, Tensor] | None, positions: Tensor,
-                cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        B: int,
+        angles: tuple[Tensor, Tensor] | None,
+        positions: Tensor,
+        cu_seqlens: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
         x = x + self.attend(self.norm1(x), B, angles, positions, cu_seqlens, cache)
         return x + self.down(self.activation(self.up(self.norm2(x))))
 
-    def attend(self, x: Tensor, B: int, angles: tuple[Tensor, Tensor] | None, positions: Tensor,
-               cu_seqlens: Tensor | None, cache: Cache | None) -> Tensor:
+    def attend(
+        self,
+        x: Tensor,
+        B: int,
+        angles: tuple[Tensor, Tensor] | None,
+        positions: Tensor,
+        cu_seqlens: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
         H, G, D = self.config.heads, self.config.G, self.config.D
         q, k, v = self.qkv(x).unflatten(-1, (H + 2 * G, D)).split((H, G, G), dim=1)  # (M, H, D), (M, G, D), (M, G, D)
         if self.config.qk_norm:
@@ -222,8 +274,13 @@ class Decoder(nn.Module):
             self._angles[device] = have, tables
         return tables
 
-    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
-               cache: Cache | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Tokens (B, T) to the normed last states (B, T, C).
 
         Args:
@@ -255,13 +312,24 @@ class Decoder(nn.Module):
             cache.advance(T)
         return self.norm(x).unflatten(0, (B, T))
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
-                cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """Logits (B, T, V); arguments as for ``hidden``."""
         return nn.functional.linear(self.hidden(tokens, positions, cu_seqlens, cache), self.head_weight)
 
-    def loss(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
-             reduction: str = "mean") -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
         """Cross-entropy in nats of targets (B, T), -100 where there is none; the logits never exist as a whole."""
         h = self.hidden(tokens, positions, cu_seqlens).flatten(0, 1)
         return ops.linear_cross_entropy(h, self.head_weight, targets.reshape(-1), reduction=reduction)

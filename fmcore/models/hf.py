@@ -205,8 +205,15 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     Raises InputError that names the field when there is none.
     """
     # A Llama must have a width that is a multiple of its heads; a Mistral with no window is the same without that.
-    name = ("gpt2" if config.positions == "learned" else "qwen3" if config.qk_norm else
-            "mistral" if config.window or config.width % config.heads else "llama")
+    name = (
+        "gpt2"
+        if config.positions == "learned"
+        else "qwen3"
+        if config.qk_norm
+        else "mistral"
+        if config.window or config.width % config.heads
+        else "llama"
+    )
     family = FAMILIES[name]
     ours = {f.name: getattr(config, f.name) for f in fields(config)} | {"kv_heads": config.G, "head_dim": config.D}
     hf: dict[str, Any] = {"architectures": [family.architecture], "model_type": name}
@@ -218,8 +225,12 @@ def config_to_hf(config: Config) -> dict[str, Any]:
         ours |= {"rope_theta": Config.rope_theta, "rope_scaling": None}  # not used
     else:
         scaling = {"rope_type": "llama3", **asdict(config.rope_scaling)} if config.rope_scaling else None
-        hf |= {"sliding_window": config.window, "rope_theta": config.rope_theta, "rope_scaling": scaling,
-               "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta}}
+        hf |= {
+            "sliding_window": config.window,
+            "rope_theta": config.rope_theta,
+            "rope_scaling": scaling,
+            "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta},
+        }
     if name == "qwen3":
         hf |= {"use_sliding_window": bool(config.window), "max_window_layers": 0 if config.window else config.layers}
     back = config_from_hf(hf, "save_hf")
@@ -318,8 +329,10 @@ def load_hf(folder: Path | str, dtype: torch.dtype | None = None, device: torch.
                 views[name].copy_(tensors[theirs])
     # Some folders store a tied head too; transformers unties it when it differs.
     if spare and not torch.equal(read_safetensors(spare[0])[spare[1]].to(model.embed.weight), model.embed.weight):
-        raise InputError(f"{folder}: lm_head.weight must equal the embedding, as tie_word_embeddings is true, got "
-                         "other values: set that to false to keep both")
+        raise InputError(
+            f"{folder}: lm_head.weight must equal the embedding, as tie_word_embeddings is true, got "
+            "other values: set that to false to keep both"
+        )
     return model
 
 
@@ -333,8 +346,9 @@ def save_hf(model: Decoder, folder: Path | str, tokenizer: Any = None) -> None:
     """
     folder, hf = Path(folder), config_to_hf(model.config)
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
-        raise _refuse("save_hf", "tokenizer.vocab_size", f"at most the model's {model.config.vocab_size}",
-                      tokenizer.vocab_size)
+        raise _refuse(
+            "save_hf", "tokenizer.vocab_size", f"at most the model's {model.config.vocab_size}", tokenizer.vocab_size
+        )
     end, dtype = tokenizer.end if tokenizer is not None else None, str(model.embed.weight.dtype)[6:]
     hf |= {"bos_token_id": end, "eos_token_id": end, "dtype": dtype, "torch_dtype": dtype}
     views = hf_views(model, FAMILIES[hf["model_type"]])
@@ -347,7 +361,14 @@ def save_hf(model: Decoder, folder: Path | str, tokenizer: Any = None) -> None:
         tokenizer.save(folder)
     if (text := getattr(tokenizer, "end_text", None)) is not None:
         # Without it transformers takes the tokenizer class of the model_type, which splits text in its own way.
-        write_json(folder / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text, "eos_token": text,
-            "model_max_length": model.config.context, "clean_up_tokenization_spaces": False})
+        write_json(
+            folder / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": text,
+                "eos_token": text,
+                "model_max_length": model.config.context,
+                "clean_up_tokenization_spaces": False,
+            },
+        )
     write_json(folder / "config.json", hf)

@@ -67,9 +67,7 @@ def rng_state(generators: Mapping[str, torch.Generator] | None = None) -> dict[s
     return state | {f"rng.named.{name}": g.get_state() for name, g in (generators or {}).items()}
 
 
-def set_rng_state(
-    tensors: Mapping[str, torch.Tensor], generators: Mapping[str, torch.Generator] | None = None
-) -> None:
+def set_rng_state(tensors: Mapping[str, torch.Tensor], generators: Mapping[str, torch.Generator] | None = None) -> None:
     """Undo ``rng_state``; tensors with other names are ignored, as are devices that this machine lacks."""
     wanted = {"rng.cpu": torch.default_generator}
     if torch.cuda.is_available():

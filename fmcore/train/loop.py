@@ -214,11 +214,23 @@ def train(
             _finite(latest[0].item(), step, phase)
             # The loss was taken before the step: a bad gradient has spoiled the weights that would be saved.
             _finite(latest[1].item(), step, phase, "grad_norm")
-        about = {"phase": phase, "tokens": tokens, "loader": loader.state_dict(), "options": asdict(options),
-                 **(state or {})}
-        return save_checkpoint(run, step, model=trained_tensors(model), state=about, config=asdict(model.config),
-                               optimizer={**optimizer.tensors(dict(model.named_parameters())), **rng_state()},
-                               tokenizer=tokenizer, keep=options.keep)
+        about = {
+            "phase": phase,
+            "tokens": tokens,
+            "loader": loader.state_dict(),
+            "options": asdict(options),
+            **(state or {}),
+        }
+        return save_checkpoint(
+            run,
+            step,
+            model=trained_tensors(model),
+            state=about,
+            config=asdict(model.config),
+            optimizer={**optimizer.tensors(dict(model.named_parameters())), **rng_state()},
+            tokenizer=tokenizer,
+            keep=options.keep,
+        )
 
     def look() -> dict[str, float]:
         """Bits per byte of each held-out text."""
@@ -250,13 +262,26 @@ def train(
             step, tokens = step + 1, tokens + targets
             last = step == steps
             segments = [n for batch in batches for n in batch.cu_seqlens.diff().tolist()]
-            flops = step_flops(model.config, loader.batch_size * options.accumulate, loader.seq_len, segments,
-                               trainable="adapter" if frozen else "all", adapter_weights=extra)
+            flops = step_flops(
+                model.config,
+                loader.batch_size * options.accumulate,
+                loader.seq_len,
+                segments,
+                trainable="adapter" if frozen else "all",
+                adapter_weights=extra,
+            )
             if step % log_every == 0 or last:
                 loss = total.item()
                 _finite(loss, step, phase)
-                record: dict[str, Any] = {"phase": phase, "step": step, "loss": loss, "lr": options.lr * scale,
-                                          "grad_norm": norm.item(), "tokens": tokens, **meter.step(targets, flops)}
+                record: dict[str, Any] = {
+                    "phase": phase,
+                    "step": step,
+                    "loss": loss,
+                    "lr": options.lr * scale,
+                    "grad_norm": norm.item(),
+                    "tokens": tokens,
+                    **meter.step(targets, flops),
+                }
                 if held_out and (last or (options.eval_every and step % options.eval_every == 0)):
                     with meter.pause():
                         record["bits_per_byte"] = look()
@@ -285,8 +310,10 @@ def train(
 
 def _finite(value: float, step: int, phase: str, name: str = "loss") -> None:
     if not math.isfinite(value):
-        raise InputError(f"{phase}: {name} must be finite, got {value} at step {step}; what was saved before is "
-                         "untouched: resume from there with a lower lr or a lower clip")
+        raise InputError(
+            f"{phase}: {name} must be finite, got {value} at step {step}; what was saved before is "
+            "untouched: resume from there with a lower lr or a lower clip"
+        )
 
 
 def _note(record: dict[str, Any]) -> str:

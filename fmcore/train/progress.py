@@ -28,8 +28,15 @@ class Bar:
         self.first = done
         self.bar: Progress | None = None
         if self.console.is_terminal:
-            self.bar = Progress(TextColumn("{task.description}"), BarColumn(), _Steps(), TextColumn("{task.fields[note]}"),
-                                TextColumn("eta"), TimeRemainingColumn(compact=True), console=self.console)
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                _Steps(),
+                TextColumn("{task.fields[note]}"),
+                TextColumn("eta"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+            )
             self.task = self.bar.add_task(title, total=total, completed=done, note="")
 
     def __enter__(self) -> "Bar":
@@ -37,7 +44,9 @@ class Bar:
             self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar:
             self.bar.stop()
 
@@ -48,7 +57,9 @@ class Bar:
         elif step == self.total or time.monotonic() - self.last >= PLAIN_EVERY:
             self.last = time.monotonic()
             left = (self.total - step) * (self.last - self.began) / max(1, step - self.first)
-            self.console.print(f"{self.title}  {step}/{self.total}  {note}  eta {left:.0f} s", markup=False, highlight=False)
+            self.console.print(
+                f"{self.title}  {step}/{self.total}  {note}  eta {left:.0f} s", markup=False, highlight=False
+            )
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

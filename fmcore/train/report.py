@@ -136,8 +136,16 @@ def _draw_heldout(axis: Any, evaluations: Mapping[str, Series], texts: Sequence[
     for score, step, colour in sorted(ends):
         # Labels of ends that lie close together are pushed apart, upwards.
         at = max(score, at + 0.07 * (high - low))
-        axis.annotate(f"{score:.2f}", (step, at), (7, 0), textcoords="offset points", fontsize=9, color=colour,
-                      va="center", annotation_clip=False)
+        axis.annotate(
+            f"{score:.2f}",
+            (step, at),
+            (7, 0),
+            textcoords="offset points",
+            fontsize=9,
+            color=colour,
+            va="center",
+            annotation_clip=False,
+        )
 
 
 def write_report(

@@ -6,13 +6,20 @@ import torch
 from fmcore.kernels.attention import attention, attention_ref
 
 # (B, Tq, Tk, H, G, D, Dv): grouped and single kv heads, more keys than queries, one token, odd sizes.
-SHAPES = [(2, 7, 7, 4, 4, 8, 8), (1, 5, 5, 6, 2, 4, 4), (3, 1, 9, 4, 1, 8, 8), (2, 3, 8, 2, 2, 6, 5),
-          (1, 1, 1, 1, 1, 2, 2)]
+SHAPES = [
+    (2, 7, 7, 4, 4, 8, 8),
+    (1, 5, 5, 6, 2, 4, 4),
+    (3, 1, 9, 4, 1, 8, 8),
+    (2, 3, 8, 2, 2, 6, 5),
+    (1, 1, 1, 1, 1, 2, 2),
+]
 
 
 def made(B, Tq, Tk, H, G, D, Dv, dtype=torch.float64):
-    return [torch.randn(B, T, heads, size, dtype=torch.float64).to(dtype).requires_grad_()
-            for T, heads, size in ((Tq, H, D), (Tk, G, D), (Tk, G, Dv))]
+    return [
+        torch.randn(B, T, heads, size, dtype=torch.float64).to(dtype).requires_grad_()
+        for T, heads, size in ((Tq, H, D), (Tk, G, D), (Tk, G, Dv))
+    ]
 
 
 def same(got, want, inputs, atol=1e-12):

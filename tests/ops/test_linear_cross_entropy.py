@@ -39,8 +39,11 @@ def run(fn, h, w, bias, targets, reduction, frozen=()):
 @pytest.mark.parametrize("frozen", [(), ("w", "bias"), ("h",), ("h", "w")], ids=["all", "h", "w and bias", "bias"])
 def test_equals_pytorch(chunk, reduction, ignored, frozen):
     args = made(ignored)
-    for got, want in zip(run(linear_cross_entropy, *args, reduction, frozen),
-                         run(linear_cross_entropy_ref, *args, reduction, frozen), strict=True):
+    for got, want in zip(
+        run(linear_cross_entropy, *args, reduction, frozen),
+        run(linear_cross_entropy_ref, *args, reduction, frozen),
+        strict=True,
+    ):
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
 
@@ -48,8 +51,11 @@ def test_equals_pytorch(chunk, reduction, ignored, frozen):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_without_bias(chunk, reduction):
     h, w, _, targets = made()
-    for got, want in zip(run(linear_cross_entropy, h, w, None, targets, reduction),
-                         run(linear_cross_entropy_ref, h, w, None, targets, reduction), strict=True):
+    for got, want in zip(
+        run(linear_cross_entropy, h, w, None, targets, reduction),
+        run(linear_cross_entropy_ref, h, w, None, targets, reduction),
+        strict=True,
+    ):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
 
 
@@ -106,8 +112,12 @@ def test_low_precision_errs_no_more_than_pytorch(monkeypatch, dtype, reduction, 
         eager, got = (run(fn, *args, reduction) for fn in (linear_cross_entropy_ref, linear_cross_entropy))
         torch.set_rng_state(state)
         assert got[0].dtype == torch.float32 and all(g.dtype == dtype for g in got[1:])
-        draws.append([((g - t).abs().max(), (e - t).abs().max(), t.abs().max())
-                      for g, e, t in zip(got, eager, truth, strict=True)])
+        draws.append(
+            [
+                ((g - t).abs().max(), (e - t).abs().max(), t.abs().max())
+                for g, e, t in zip(got, eager, truth, strict=True)
+            ]
+        )
     for results in zip(*draws, strict=True):
         error, eager, largest = (max(column) for column in zip(*results, strict=True))
         assert error <= 2 * eager + torch.finfo(dtype).eps * largest
@@ -124,7 +134,8 @@ def test_gradcheck():
     targets = torch.tensor([1, -100, 3])
     for reduction in ("mean", "sum", "none"):
         assert torch.autograd.gradcheck(
-            lambda h, w, b, r=reduction: linear_cross_entropy(h, w, targets, bias=b, reduction=r), (h, w, bias))
+            lambda h, w, b, r=reduction: linear_cross_entropy(h, w, targets, bias=b, reduction=r), (h, w, bias)
+        )
 
 
 class Watch(TorchDispatchMode):
