@@ -1,4 +1,4 @@
-"""Is the demo's training step at least as fast as the same model written plainly? `python -m benchmarks.demo`
+"""Is the demo's training step at least as fast as the same model written plainly? ``python -m benchmarks.demo``
 
 Both models start from the same weights and read the same batches of the standard library; their optimizer steps take
 turns, so that a noisy machine hits both alike. fmcore keeps documents apart and measures the gradient; the plain
@@ -26,9 +26,9 @@ from fmcore.data.packing import Batch, Loader, pack
 from fmcore.data.shards import build_shards
 from fmcore.data.tokenizer import BPETokenizer
 from fmcore.demo import CPU, GPU
+from fmcore.device import pick_device, pick_dtype
 from fmcore.models.decoder import PRESETS, Decoder
 from fmcore.optim import AdamW, decay_groups
-from fmcore.train.loop import pick_device, pick_dtype
 
 
 def fmcore_step(model: Decoder, optimizer: AdamW) -> Callable[[Batch], float]:
@@ -58,7 +58,7 @@ def plain_step(model: PlainDecoder, optimizer: torch.optim.AdamW) -> Callable[[B
 
 
 def check_equal(ours: Decoder, plain: PlainDecoder, batch: Batch) -> float:
-    """Largest relative deviation of loss and gradients on one segment a row; RuntimeError if it is not rounding."""
+    """Largest relative deviation of loss and gradients on one segment a row; ``RuntimeError`` if it is not rounding."""
     rows = torch.cat([batch.tokens, batch.targets[:, -1:]], dim=1).numpy()
     whole = pack(rows, end=-1).to(batch.tokens.device)
     losses = (

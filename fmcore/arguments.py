@@ -51,7 +51,7 @@ class Flag:
 
 
 def near(word: str, known: Sequence[str], before: str = "") -> str:
-    """ "; did you mean ...?" when one of ``known`` is like ``word``, else nothing."""
+    """The hint "; did you mean ...?" when one of ``known`` is like ``word``, else nothing."""
     found = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {before}{found[0]}?" if found else ""
 
@@ -90,7 +90,10 @@ def comments(options: type) -> dict[str, str]:
 
 
 def read(argv: Sequence[str], known: Mapping[str, Flag], command: str) -> dict[str, list[str]]:
-    """What was typed: values by name of the flag, ["yes"] or ["no"] for a bool. ``InputError`` says what is wrong."""
+    """What was typed: the values of each flag by its name, ["yes"] or ["no"] for a bool.
+
+    Raises ``InputError`` that says what is wrong.
+    """
     found: dict[str, list[str]] = {}
     rest = list(argv)
     while rest:
@@ -104,7 +107,9 @@ def read(argv: Sequence[str], known: Mapping[str, Flag], command: str) -> dict[s
         if not given:
             if not rest or rest[0].startswith("--"):
                 got = f"the option {rest[0]}; {word}=... takes a value that starts with dashes" if rest else "nothing"
-                raise InputError(f"{command}: {word} needs {flag.choices and 'a value' or KINDS[flag.kind]}, got {got}")
+                raise InputError(
+                    f"{command}: {word} needs {'a value' if flag.choices else KINDS[flag.kind]}, got {got}"
+                )
             value = rest.pop(0)
         try:
             flag.value(value)
@@ -145,7 +150,7 @@ def canonical(found: Mapping[str, Sequence[str]], known: Mapping[str, Flag]) -> 
 
 
 def build(options: type[Options], argv: Sequence[str], default: Options | None = None, prog: str = "fmcore") -> Options:
-    """Make ``options`` of a command line with argparse; what is not typed comes from ``default`` or the fields."""
+    """Make ``options`` from a command line with argparse; what is not typed comes from ``default`` or the fields."""
     parser = argparse.ArgumentParser(
         prog, description=inspect.getdoc(options), allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
@@ -182,6 +187,7 @@ def _metavar(flag: Flag) -> str:
 
 
 def _make(options: type[Options], typed: Mapping[str, Any], default: Options | None) -> Options:
+    """``options`` with the fields in ``typed``, which nests as the dataclasses do; the rest come from ``default``."""
     hints = get_type_hints(options)
     values = {}
     for field in fields(options):  # type: ignore[arg-type]

@@ -11,10 +11,12 @@ INTS = (torch.int64, torch.int32)
 
 
 def shape(op: str, **args: tuple[Tensor, str]) -> dict[str, int]:
-    """``shape("rms_norm", x=(x, "... N"), w=(w, "N"))`` returns ``{"N": n}``.
+    """Check shapes and return the size of each named dimension: ``{"N": n}`` of the call below.
 
-    A spec is a list of dimension names; the first may be ``...`` for any leading dimensions, and a name that is a
-    number must match it. The same name must have the same size everywhere, else ``ValueError``.
+        shape("rms_norm", x=(x, "... N"), w=(w, "N"))
+
+    A spec lists the names of dimensions. The first may be ``...`` for any leading dimensions; a number stands for just
+    that size. Raises ``ValueError`` when a tensor does not fit its spec or one name has two sizes.
     """
     size: dict[str, int] = {}
     for name, (t, spec) in args.items():
@@ -31,14 +33,14 @@ def shape(op: str, **args: tuple[Tensor, str]) -> dict[str, int]:
 
 
 def dtype(op: str, allowed: tuple[torch.dtype, ...] = FLOATS, **args: Tensor | None) -> None:
-    """Every given tensor has one of the ``allowed`` dtypes, else ``TypeError``. ``None`` is skipped."""
+    """``TypeError`` unless every given tensor has one of the ``allowed`` dtypes; ``None`` is skipped."""
     for name, t in args.items():
         if t is not None and t.dtype not in allowed:
             raise TypeError(f"{op}: {name} must be one of {[str(a)[6:] for a in allowed]}, got {str(t.dtype)[6:]}")
 
 
 def same(op: str, **args: Tensor | None) -> None:
-    """All given tensors have the first's device (else ``ValueError``) and dtype (else ``TypeError``); skips None."""
+    """``ValueError`` unless all given tensors share a device, ``TypeError`` unless a dtype; ``None`` is skipped."""
     given = [(name, t) for name, t in args.items() if t is not None]
     first, x = given[0]
     for name, t in given[1:]:

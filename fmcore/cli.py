@@ -20,7 +20,7 @@ from typing import Any
 from fmcore import __version__, arguments
 from fmcore.errors import InputError
 
-# Where the options of a command are, and what it is for. Nothing heavy is imported before a command is known.
+# The module and the class of a command's options, and what it is for. Nothing heavy is imported before it is known.
 COMMANDS = {
     "demo": ("fmcore.demo", "DemoOptions", "the whole life of a small model: pre-train, adapt, prompt, report"),
     "pretrain": ("fmcore.commands", "Pretrain", "train a fresh model on text"),
@@ -52,7 +52,7 @@ REFUSED = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit code."""
+    """Run one command line (by default this process's own) and return its exit code."""
     try:
         with _warnings_in_one_line():
             code = _run(list(sys.argv[1:] if argv is None else argv))
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone (`| head`). Python flushes at its end once more, into nothing then.
+        # Whoever read the output has gone (``| head``). Python flushes once more when it ends: into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as e:
@@ -96,20 +96,24 @@ def _run(argv: list[str]) -> int:
 
 
 def parse(options: type, argv: Sequence[str], command: str) -> tuple[Any, Any]:
-    """The options that ``argv`` means, and the checkpoint that they go on from, if any."""
+    """The options that ``argv`` means, and the checkpoint that they go on from, or ``None``.
+
+    Raises ``InputError`` that says what is wrong with the command line.
+    """
     known = {flag.name: flag for flag in arguments.flags(options)}
     typed = arguments.read(argv, known, command)
-    found = default = None
+    checkpoint = default = None
     if hasattr(options, "saved") and typed.get("resume") == ["yes"]:
         from fmcore.jobs import find_run
 
         run = Path(typed.get("run", [known["run"].default])[0])
-        found = find_run(run)
-        default = options.saved(found, run)
-    return _build(options, arguments.canonical(typed, known), default, command), found
+        checkpoint = find_run(run)
+        default = options.saved(checkpoint, run)
+    return _build(options, arguments.canonical(typed, known), default, command), checkpoint
 
 
 def _build(options: type, argv: list[str], default: Any, command: str) -> Any:
+    """The options of a checked command line, by tyro where it is installed, else by ``arguments.build``."""
     prog = f"fmcore {command}"
     try:
         import tyro
@@ -129,7 +133,7 @@ def _build(options: type, argv: list[str], default: Any, command: str) -> Any:
     raise InputError(f"{command}: {said.getvalue()}")
 
 
-def _execute(command: str, options: Any, found: Any) -> int:
+def _execute(command: str, options: Any, checkpoint: Any) -> int:
     if command == "doctor":
         return options.execute()
     from fmcore.train.loop import Interrupted
@@ -138,7 +142,7 @@ def _execute(command: str, options: Any, found: Any) -> int:
         if command == "demo":
             importlib.import_module("fmcore.demo").demo(options)
         else:
-            options.execute(found)
+            options.execute(checkpoint)
     except Interrupted as e:
         print(f"fmcore: {e}; go on with: {_prog()} {command} --run {shlex.quote(str(e.run))} --resume", file=sys.stderr)
         return e.code
@@ -159,7 +163,7 @@ def _overview() -> str:
 
 
 def _line(e: Exception) -> str | None:
-    """What to tell a person about ``e``, in one line; None if it is a fault of the program."""
+    """What to tell a person about ``e``, in one line; ``None`` if it is a fault of the program."""
     if isinstance(e, InputError):
         text = str(e)
     elif isinstance(e, ModuleNotFoundError) and e.name and not e.name.startswith("fmcore"):
@@ -176,7 +180,7 @@ def _line(e: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Warnings are for people, too: no file, no line of source."""
+    """Inside the block a warning is one line on stderr, without file and source: people read it, too."""
     with warnings.catch_warnings():
         if not os.environ.get("FMCORE_DEBUG"):
             warnings.showwarning = _show_warning

@@ -8,8 +8,8 @@ from typing import Literal
 from fmcore import jobs
 from fmcore.errors import InputError
 from fmcore.generate import SampleConfig, complete, stream
-from fmcore.jobs import DataOptions, LoraOptions, ModelOptions, TokenizerOptions
 from fmcore.load import load
+from fmcore.options import DataOptions, LoraOptions, ModelOptions, TokenizerOptions
 from fmcore.train.checkpoint import Checkpoint
 from fmcore.train.loop import Outcome, TrainOptions
 from fmcore.train.metrics import read_metrics
@@ -29,14 +29,14 @@ class Pretrain:
     train: TrainOptions = TrainOptions()
 
     @classmethod
-    def saved(cls, found: Checkpoint, run: Path) -> "Pretrain":
+    def saved(cls, checkpoint: Checkpoint, run: Path) -> "Pretrain":
         """The options of a run that goes on."""
         kinds = {"data": DataOptions, "tokenizer": TokenizerOptions, "model": ModelOptions, "train": TrainOptions}
-        return cls(run=run, resume=True, **jobs.saved_options(found, "pretrain", **kinds))
+        return cls(run=run, resume=True, **jobs.saved_options(checkpoint, "pretrain", **kinds))
 
-    def execute(self, found: Checkpoint | None) -> None:
-        outcome = jobs.pretrain(self.run, self.data, self.tokenizer, self.model, self.train, found=found)
-        _summary(self.run, outcome, found)
+    def execute(self, checkpoint: Checkpoint | None) -> None:
+        outcome = jobs.pretrain(self.run, self.data, self.tokenizer, self.model, self.train, resume=checkpoint)
+        _summary(self.run, outcome, checkpoint)
 
 
 @dataclass(frozen=True)
@@ -52,27 +52,28 @@ class Finetune:
     train: TrainOptions = TrainOptions(steps=200, lr=1e-3, weight_decay=0.0, eval_every=50)
 
     @classmethod
-    def saved(cls, found: Checkpoint, run: Path) -> "Finetune":
+    def saved(cls, checkpoint: Checkpoint, run: Path) -> "Finetune":
         """The options of a run that goes on."""
         kinds = {"full": bool, "data": DataOptions, "lora": LoraOptions, "train": TrainOptions}
-        return cls(run=run, resume=True, **jobs.saved_options(found, "finetune", **kinds))
+        return cls(run=run, resume=True, **jobs.saved_options(checkpoint, "finetune", **kinds))
 
-    def execute(self, found: Checkpoint | None) -> None:
-        if self.model is None and found is None:
+    def execute(self, checkpoint: Checkpoint | None) -> None:
+        if self.model is None and checkpoint is None:
             raise InputError("finetune: --model must be given: a run, a checkpoint or a Hugging Face folder")
-        if self.model is not None and found is not None:
+        if self.model is not None and checkpoint is not None:
             raise InputError(f"finetune: --model must be left out with --resume, got {self.model}; {self.run} knows it")
         outcome = jobs.finetune(
-            self.run, self.model or "", self.data, self.lora, self.train, full=self.full, found=found
+            self.run, self.model or "", self.data, self.lora, self.train, full=self.full, resume=checkpoint
         )
-        _summary(self.run, outcome, found)
+        _summary(self.run, outcome, checkpoint)
         if not self.full:
             print(f"adapter {self.run / 'adapter'} (PEFT's format)")
 
 
-def _summary(run: Path, outcome: Outcome, found: Checkpoint | None) -> None:
-    if found is not None and found.step >= outcome.steps:
-        print(f"nothing left to train: {run} is at step {found.step}; --steps names a later one")
+def _summary(run: Path, outcome: Outcome, checkpoint: Checkpoint | None) -> None:
+    """Print what training came to."""
+    if checkpoint is not None and checkpoint.step >= outcome.steps:
+        print(f"nothing left to train: {run} is at step {checkpoint.step}; --steps names a later one")
     else:
         last = read_metrics(run / "metrics.jsonl")[-1]
         bits = "".join(f", {name} {value:.3f} bits per byte" for name, value in last.get("bits_per_byte", {}).items())
@@ -106,7 +107,7 @@ class Generate:
     device: str = "auto"  # auto: cuda if there is a GPU, else cpu
     dtype: Dtype = "auto"  # of weights and activations; auto: bfloat16 on a GPU
 
-    def execute(self, found: Checkpoint | None) -> None:
+    def execute(self, checkpoint: Checkpoint | None) -> None:
         temperature = 0.0 if self.greedy else self.temperature
         config = SampleConfig(self.max_tokens, temperature, self.top_k, self.top_p, self.seed)
         prompts = self.prompt or ("",)
@@ -125,7 +126,7 @@ class Generate:
 
 
 def _write(text: str) -> None:
-    """Text of a model may hold characters that the terminal's encoding lacks."""
+    """Print text of a model, which may hold characters that the terminal's encoding lacks."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
 
@@ -145,7 +146,7 @@ class Evaluate:
     device: str = "auto"  # auto: cuda if there is a GPU, else cpu
     dtype: Dtype = "auto"  # of weights and activations; auto: bfloat16 on a GPU
 
-    def execute(self, found: Checkpoint | None) -> None:
+    def execute(self, checkpoint: Checkpoint | None) -> None:
         data = None if self.data is None else DataOptions(self.data, self.field, self.held_out)
         result = jobs.score(
             self.model,
@@ -172,7 +173,7 @@ class Export:
     out: Path  # folder to write, new or empty
     adapter: str | None = None  # folder of an adapter to merge
 
-    def execute(self, found: Checkpoint | None) -> None:
+    def execute(self, checkpoint: Checkpoint | None) -> None:
         config = jobs.export(self.model, self.out, adapter=self.adapter)
         print(f"wrote {self.out}: {config.layers} layers of width {config.width}, vocabulary {config.vocab_size}")
         for path in sorted(self.out.iterdir()):

@@ -16,19 +16,22 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fmcore.adapt.lora import LoraConfig, adapter_size, add_lora, lora_off, save_adapter
+from fmcore.adapt.lora import LoraConfig, adapter_size, add_lora, lora_off
+from fmcore.adapt.peft import WEIGHTS as ADAPTER_WEIGHTS
+from fmcore.adapt.peft import save_adapter
 from fmcore.data.corpus import read_documents, split_documents
 from fmcore.data.packing import Batch, Loader, held_out_batches
 from fmcore.data.shards import build_shards
 from fmcore.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from fmcore.device import pick_device, pick_dtype
 from fmcore.errors import InputError
 from fmcore.evaluate import evaluate
 from fmcore.files import write_text
 from fmcore.generate import SampleConfig, complete
-from fmcore.jobs import build, config_from_dict
+from fmcore.load import build, config_from_dict
 from fmcore.models.decoder import PRESETS, Decoder
 from fmcore.train.checkpoint import Checkpoint, checkpoints, load_checkpoint
-from fmcore.train.loop import Outcome, TrainOptions, pick_device, pick_dtype, train
+from fmcore.train.loop import Outcome, TrainOptions, train
 from fmcore.train.report import plot_loss, write_report
 
 CODE_PROMPTS = ("", "class Reader:\n    def __init__(self", "import os\n\ndef ")
@@ -71,7 +74,7 @@ class Recipe:
 CPU = Recipe(
     "demo",
     2048,
-    TrainOptions(batch_size=16, seq_len=256, lr=3e-3, min_ratio=0.02, beta2=0.99, eval_every=100, save_every=0, keep=1),
+    TrainOptions(batch_size=8, seq_len=256, lr=4e-3, min_ratio=0.02, beta2=0.99, eval_every=100, save_every=0, keep=1),
     adapt_lr=4e-3,
     most_epochs=4.0,
 )
@@ -94,7 +97,7 @@ class Texts:
     prose: Loader
     held_out: dict[str, Sequence[Batch]]  # small, for inside the training
     final: dict[str, Sequence[Batch]]  # larger, for the table
-    sizes: Tensor
+    token_bytes: Tensor
 
 
 def prepare_texts(run: Path, tokenizer: Tokenizer, options: DemoOptions, recipe: TrainOptions) -> Texts:
@@ -178,6 +181,7 @@ def demo(options: DemoOptions, console: Console | None = None) -> dict[str, Any]
 def _pretrain(
     options: DemoOptions, recipe: Recipe, device: torch.device, found: Checkpoint | None, console: Console
 ) -> tuple[Decoder, Tokenizer, Texts, Outcome]:
+    """Train the base, or go on with ``found``; returns it with its tokenizer, its texts and what training did."""
     run = options.run
     if found is not None:
         if "demo" not in found.state or found.tokenizer is None:
@@ -208,7 +212,7 @@ def _pretrain(
         plan,
         run,
         held_out={"code": texts.held_out["code"]},
-        token_bytes=texts.sizes,
+        token_bytes=texts.token_bytes,
         tokenizer=tokenizer,
         resume=found,
         state={"demo": {"seed": options.seed}},
@@ -240,7 +244,7 @@ def _adapt(base: Decoder, texts: Texts, options: DemoOptions, recipe: Recipe, st
         options.run,
         phase="adapt",
         held_out=texts.held_out,
-        token_bytes=texts.sizes,
+        token_bytes=texts.token_bytes,
         save=False,
     )
     save_adapter(base, options.run / "adapter", base=str(options.run))
@@ -248,12 +252,14 @@ def _adapt(base: Decoder, texts: Texts, options: DemoOptions, recipe: Recipe, st
 
 
 def _scores(model: Decoder, texts: Texts) -> dict[str, float]:
-    return {name: evaluate(model, batches, texts.sizes).bits_per_byte for name, batches in texts.final.items()}
+    """Bits per byte of each text, on the batches of the final table."""
+    return {name: evaluate(model, batches, texts.token_bytes).bits_per_byte for name, batches in texts.final.items()}
 
 
 def _samples(
     model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], name: str, seed: int, console: Console
 ) -> dict[str, str]:
+    """What ``model`` writes after each prompt, by heading; shown on the console as well."""
     config = SampleConfig(max_tokens=80, temperature=0.7, top_p=0.95, seed=seed)
     texts = complete(model, tokenizer, prompts, config)
     found = {}
@@ -275,8 +281,9 @@ def _device_name(device: torch.device) -> str:
 def _facts(
     model: Decoder, recipe: Recipe, device: torch.device, trained: Outcome, adapted: Outcome, run: Path, seconds: float
 ) -> dict[str, Any]:
+    """The first table of the report."""
     adapter = adapter_size(model)
-    size = (run / "adapter" / "adapter_model.safetensors").stat().st_size
+    size = (run / "adapter" / ADAPTER_WEIGHTS).stat().st_size
     return {
         "command": " ".join(["fmcore", *sys.argv[1:]]),
         "device": _device_name(device),
@@ -293,6 +300,7 @@ def _facts(
 
 
 def _show(console: Console, scores: dict[str, dict[str, float]], facts: dict[str, Any], run: Path) -> None:
+    """Print the scores, and where to look next."""
     table = Table(title="bits per byte on held-out text (lower is better)", title_justify="left")
     table.add_column("model")
     for name in scores["base"]:

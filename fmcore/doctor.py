@@ -48,7 +48,7 @@ class DoctorOptions:
 
 
 def examine() -> dict[str, Any]:
-    """All findings, ready for JSON. ``usable``: training works on this machine."""
+    """All findings, ready for JSON; ``usable`` says whether training works on this machine."""
     problems = [f"{name} is missing" for name, (_, must) in PACKAGES.items() if must and _version(name) is None]
     gpu, operators = _try(_gpu, problems, "torch"), _try(_operators, problems, "fmcore's operators")
     presets = _try(_presets, problems, "fmcore's models")
@@ -70,6 +70,7 @@ def examine() -> dict[str, Any]:
 
 
 def _try(ask: Callable[[], Any], problems: list[str], what: str) -> Any:
+    """What ``ask`` finds out; ``None``, and a line in ``problems``, when it fails."""
     # Broken installations raise anything at import: missing libraries, wrong versions, a bad FMCORE_BODY.
     try:
         return ask()
@@ -85,8 +86,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _said(*command: str) -> str | None:
-    """What a program prints, or None when it is not there or fails."""
+def _output_of(*command: str) -> str | None:
+    """What a program prints, or ``None`` when it is not there or fails."""
     path = shutil.which(command[0])
     try:
         done = subprocess.run([path or "", *command[1:]], capture_output=True, text=True, timeout=20) if path else None
@@ -97,17 +98,18 @@ def _said(*command: str) -> str | None:
 
 def _nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    said = _said("nvcc", "--version") or _said(str(Path(home) / "bin" / "nvcc"), "--version")
-    release = re.search(r"release ([\d.]+)", said or "")
+    version = _output_of("nvcc", "--version") or _output_of(str(Path(home) / "bin" / "nvcc"), "--version")
+    release = re.search(r"release ([\d.]+)", version or "")
     return release[1] if release else None
 
 
 def _driver() -> str | None:
-    said = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return said.split()[0] if said and said.split() else None
+    versions = (_output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "").split()
+    return versions[0] if versions else None
 
 
 def _gpu() -> dict[str, Any]:
+    """The GPUs that torch sees, why there is none, and what computes instead."""
     import torch
 
     from fmcore.train.metrics import peak_flops
@@ -125,25 +127,20 @@ def _gpu() -> dict[str, Any]:
             }
         )
     driver, cuda = _driver(), torch.version.cuda or torch.version.hip
-    why = (
-        ""
-        if gpus
-        else (
-            "this torch is built for CPUs only"
-            if cuda is None
-            else "no driver answers"
-            if driver is None
-            else "torch sees no device (CUDA_VISIBLE_DEVICES?)"
-        )
-    )
     return {
         "gpus": gpus,
-        "why_no_gpu": why,
+        "why_no_gpu": "" if gpus else _why_no_gpu(cuda, driver),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "cuda": cuda,
         "driver": driver,
     }
+
+
+def _why_no_gpu(cuda: str | None, driver: str | None) -> str:
+    if cuda is None:
+        return "this torch is built for CPUs only"
+    return "no driver answers" if driver is None else "torch sees no device (CUDA_VISIBLE_DEVICES?)"
 
 
 def _operators() -> list[dict[str, str]]:
@@ -159,14 +156,8 @@ def _operators() -> list[dict[str, str]]:
     for public in names:
         parts = [op for name, op in OPS.items() if name in (public, f"{public}_fwd", f"{public}_bwd")]
         if not parts:
-            rows.append(
-                {
-                    "operator": public,
-                    "runs": "eager",
-                    "bodies": "eager",
-                    "why": "PyTorch paths only; no kernel of its own yet",
-                }
-            )
+            why = "PyTorch paths only; no kernel of its own yet"
+            rows.append({"operator": public, "runs": "eager", "bodies": "eager", "why": why})
         rows += [_operator(op, x) for op in parts]
     return rows
 
@@ -196,7 +187,7 @@ def _presets() -> list[str]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """One screen of text."""
+    """The findings as one screen of text."""
     threads = f"{found['threads']} threads for torch on {os.cpu_count()} cores" if found["threads"] else ""
     lines = [f"fmcore {found['fmcore']}   Python {found['python']}   {found['platform']}   {threads}".rstrip(), ""]
     lines += [_package(name, about) for name, about in found["packages"].items()]

@@ -23,7 +23,7 @@ from fmcore.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over all targets, and what follows from them."""
+    """How well a model predicted a text: sums over all targets, and what follows from them."""
 
     nats: float
     tokens: int  # targets that count
@@ -34,7 +34,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, nats: float, tokens: int, bytes: int) -> "Evaluation":
-        """From the sums. ``InputError`` when there is nothing to divide by."""
+        """The evaluation that these sums make. ``InputError`` when there is nothing to divide by."""
         if tokens < 1 or bytes < 1:
             raise InputError(
                 f"evaluate: wanted at least one target that stands for text, got {tokens} targets that "
@@ -62,9 +62,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def evaluate(model: Decoder, batches: Iterable[Batch], token_bytes: Tensor | np.ndarray) -> Evaluation:
     """Loss, perplexity and bits per byte of ``model`` on ``batches``; targets of -100 do not count.
 
-    ``token_bytes`` (V,) integers: bytes of text each token stands for, as ``Tokenizer.token_bytes()`` gives them; ids
-    beyond it stand for none. The loss of each token is summed in fp64, so how the tokens are cut into batches changes
-    nothing but the rounding inside the model. Raises ``InputError`` when no target counts.
+    ``token_bytes`` (at most V,), integers, holds the bytes of text that each token stands for, as
+    ``Tokenizer.token_bytes()`` gives them; ids beyond it stand for none. The loss of each token is summed in fp64, so
+    how the tokens are cut into batches changes nothing but the rounding inside the model. Raises ``InputError`` when no
+    target counts.
     """
     device = model.embed.weight.device
     V = model.config.vocab_size

@@ -34,7 +34,7 @@ TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,511}")
 
 
 def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """Strict JSON object: UTF-8, no key twice, no NaN. ``what`` names the source in the ``InputError``."""
+    """The object in strict JSON: UTF-8, no key twice, no NaN. ``what`` names the source in the ``InputError``."""
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as e:
@@ -73,17 +73,17 @@ def read_bytes(path: Path | str, most: int | None = None) -> bytes:
 
 
 def write_json(path: Path | str, value: Mapping[str, Any]) -> None:
-    """Write ``value`` beside ``path``, then rename. ``InputError`` if the disk refuses, ``ValueError`` for no JSON."""
+    """Replace ``path`` by ``value``. ``InputError`` if the disk refuses, ``ValueError`` for what JSON cannot hold."""
     replace_file(Path(path), [json_bytes(Path(path).name, value)])
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write ``text`` as UTF-8 beside ``path``, then rename. ``InputError`` if the disk refuses."""
+    """Replace ``path`` by ``text`` in UTF-8. ``InputError`` if the disk refuses."""
     replace_file(Path(path), [text.encode("utf-8")])
 
 
 def json_bytes(what: str, value: Mapping[str, Any]) -> bytes:
-    """``value`` as it is written; ``what`` names it in the ``ValueError`` for something that is no JSON."""
+    """``value`` as it is written; ``what`` names it in the ``ValueError`` for what JSON cannot hold."""
     try:
         return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
     except (TypeError, ValueError) as e:
@@ -128,6 +128,7 @@ def check_safetensors(path: Path | str) -> dict[str, tuple[torch.dtype, tuple[in
 
 
 def _check_entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """Dtype, shape, first and last byte of a tensor as the header tells them. ``InputError`` if they do not fit."""
     if not TENSOR_NAME.fullmatch(name):
         raise InputError(f"{path}: {short(name)} is no name for a tensor")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -135,14 +136,15 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(f"{path}: tensor {short(name)}: wanted a dtype of {'|'.join(DTYPES)}, got {short(dtype)}")
-    if not _sizes(shape) or len(shape) > 16 or not _sizes(span) or len(span) != 2:
+    if not _are_sizes(shape) or len(shape) > 16 or not _are_sizes(span) or len(span) != 2:
         raise InputError(f"{path}: tensor {short(name)}: bad shape {short(shape)} or data_offsets {short(span)}")
     if math.prod(shape) * DTYPES[dtype].itemsize != span[1] - span[0]:
         raise InputError(f"{path}: tensor {short(name)}: {dtype} {short(shape)} does not fill bytes {short(span)}")
     return DTYPES[dtype], tuple(shape), span[0], span[1]
 
 
-def _sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> bool:
+    """Whether ``value`` is a list of sizes: integers of at most 63 bits."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
@@ -158,7 +160,7 @@ def read_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
 def write_safetensors(
     path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors beside ``path``, then rename. ``InputError`` if the disk refuses; ``path`` is then as before."""
+    """Replace ``path`` by a file of ``tensors``. ``InputError`` if the disk refuses; ``path`` is then as before."""
     replace_file(Path(path), safetensors_chunks(tensors, metadata))
 
 
@@ -192,7 +194,7 @@ def safetensors_chunks(
 
 
 def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write ``chunks`` beside ``path``, sync, rename. ``InputError`` if the disk refuses, which says what is there."""
+    """Write ``chunks`` beside ``path``, sync, rename. ``InputError`` if the disk refuses; it says what is there now."""
     tmp = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     state = "nothing was changed"
     try:
@@ -208,7 +210,7 @@ def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write and sync a file in place; its size and sha256, taken while writing. Raises ``OSError``."""
+    """Write and sync a file; returns its size and the sha256 that was taken on the way. Raises ``OSError``."""
     digest = hashlib.sha256()
     size = 0
     with path.open("wb") as file:
@@ -222,7 +224,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, An
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in it outlive a power cut. Raises ``OSError``."""
+    """Make the renames in ``folder`` outlive a power cut. Raises ``OSError``."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -231,7 +233,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Make a folder and those above it, if they are missing. ``InputError`` if the disk refuses."""
+    """Make a folder and those above it where they are missing. ``InputError`` if the disk refuses."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -241,7 +243,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def file_size(path: Path) -> int:
-    """Size of a regular file. Anything else is refused: opening a pipe would wait for ever."""
+    """Size of a regular file. ``InputError`` for anything else: opening a pipe would wait for ever."""
     try:
         if path.is_file():
             return path.stat().st_size
@@ -257,7 +259,7 @@ def file_sha256(path: Path) -> str:
 
 
 def reason(e: BaseException) -> str:
-    """Why a call failed; of an OSError without its number and path."""
+    """Why a call failed, in one line; for an ``OSError`` without its number and path."""
     return getattr(e, "strerror", None) or one_line(e)
 
 

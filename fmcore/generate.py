@@ -48,7 +48,10 @@ class SampleConfig:
 
 
 def candidates(logits: Tensor, config: SampleConfig) -> tuple[Tensor, Tensor | None]:
-    """Probabilities (B, K) in fp64, not normalised, and the tokens (B, K) they belong to; None: all in their order."""
+    """Probabilities (B, K) in fp64, not normalised, and the tokens (B, K) they belong to.
+
+    ``None`` for the tokens means the whole vocabulary in its order.
+    """
     z = logits.double()
     p = torch.softmax((z - z.amax(-1, keepdim=True)) / config.temperature, dim=-1)
     K = p.shape[-1]
@@ -62,7 +65,7 @@ def candidates(logits: Tensor, config: SampleConfig) -> tuple[Tensor, Tensor | N
 
 
 def choose(logits: Tensor, config: SampleConfig, draws: Sequence[float]) -> Tensor:
-    """The next token (B,) of each sequence; -1 where its logits (B, V) are not numbers. ``draws``: B of [0, 1)."""
+    """The next token (B,) of each sequence, by its logits (B, V) and its draw from [0, 1); -1 where logits are nan."""
     if config.temperature == 0:
         return logits.argmax(-1).masked_fill(logits.isnan().any(-1), -1)
     p, ids = candidates(logits, config)
@@ -76,7 +79,10 @@ def choose(logits: Tensor, config: SampleConfig, draws: Sequence[float]) -> Tens
 
 
 class _Reader:
-    """Sequences of different length that the model reads in step; the host knows every length, so nothing waits."""
+    """Sequences of different lengths that the model reads side by side, one token of each at a time.
+
+    The host keeps every length itself, so that nothing waits for the GPU.
+    """
 
     def __init__(self, model: Decoder, prompts: list[list[int]], room: int):
         self.model = model
@@ -88,6 +94,7 @@ class _Reader:
         self.h = self._prefill(self.cache, self.seqs)  # (B, C) at the last token of each
 
     def _prefill(self, cache: Cache, seqs: list[list[int]]) -> Tensor:
+        """Read ``seqs`` from position 0 into ``cache``; the hidden state (B, C) at the last token of each."""
         lens = torch.tensor([len(s) for s in seqs])
         tokens = torch.zeros(len(seqs), int(lens.max()), dtype=torch.int64)
         for row, seq in zip(tokens, seqs, strict=True):
@@ -98,10 +105,11 @@ class _Reader:
         return h[torch.arange(len(seqs), device=self.device), cache.lens - 1]
 
     def logits(self) -> Tensor:
+        """What the model expects after all that was read, (B, V)."""
         return torch.nn.functional.linear(self.h, self.model.head_weight)  # (B, V)
 
     def read(self, tokens: list[int]) -> None:
-        """One more token for each sequence."""
+        """Read one more token of each sequence; ``logits`` then belong to it."""
         self._slide()
         self.h = self.model.hidden(torch.tensor(tokens, device=self.device)[:, None], cache=self.cache)[:, 0]
         for seq, token in zip(self.seqs, tokens, strict=True):
@@ -109,7 +117,7 @@ class _Reader:
         self._count([n + 1 for n in self.lens])
 
     def keep(self, rows: list[int]) -> None:
-        """Only these sequences go on."""
+        """Drop all sequences but these."""
         index = torch.tensor(rows, device=self.device)
         self.seqs = [self.seqs[i] for i in rows]
         self.cache.k, self.cache.v = self.cache.k[:, index], self.cache.v[:, index]
@@ -117,9 +125,11 @@ class _Reader:
         self._count([self.lens[i] for i in rows])
 
     def _count(self, lens: list[int]) -> None:
+        """Note the lengths here and, as far as the host needs it, in the cache."""
         self.lens, self.cache.longest = lens, max(lens)
 
     def _slide(self) -> None:
+        """Make room in the sequences that fill the context, by reading their last half again from position 0."""
         context = self.model.config.context
         half = context // 2
         full = [i for i, n in enumerate(self.lens) if n == context]
@@ -138,7 +148,7 @@ class _Reader:
 def _sample(
     model: Decoder, prompts: list[list[int]], config: SampleConfig, end: int | None, first: int
 ) -> Iterator[tuple[int, int]]:
-    """(sequence, token) as they come; ``first`` is the number of the first sequence."""
+    """(sequence, token) pairs as they come; sequences are numbered from ``first``."""
     generators = [torch.Generator().manual_seed(_seed(config.seed, first + i)) for i in range(len(prompts))]
     with evaluating(model):
         reader = _Reader(model, prompts, config.max_tokens - 1)
@@ -160,11 +170,13 @@ def _sample(
 
 
 def _seed(seed: int, i: int) -> int:
+    """The seed of sequence ``i``."""
     # The CPU generator looks at 32 bits; plain sums would make (0, 1) and (1, 0) the same sequence.
     return int.from_bytes(hashlib.sha256(f"{seed}/{i}".encode()).digest()[:4], "little")
 
 
 def _prepare(model: Decoder, prompt: Sequence[int] | np.ndarray, end: int | None) -> list[int]:
+    """The tokens to read first: ``end``, then the prompt, and of a long one the tail. ``InputError`` for bad tokens."""
     ids = [int(token) for token in prompt]
     if end is not None and ids[:1] != [end]:
         ids = [end, *ids]

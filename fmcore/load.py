@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from fmcore.adapt.lora import LoraConfig, add_lora, load_adapter, lora_modules, merge_lora
+from fmcore.adapt.lora import LoraConfig, add_lora, lora_modules, merge_lora
+from fmcore.adapt.peft import load_adapter
 from fmcore.data.tokenizer import Tokenizer, load_tokenizer
+from fmcore.device import pick_device, pick_dtype
 from fmcore.errors import InputError
 from fmcore.kernels.rope import RopeScaling
 from fmcore.models.decoder import Config, Decoder
 from fmcore.models.hf import load_hf
 from fmcore.train.checkpoint import Checkpoint, load_checkpoint
-from fmcore.train.loop import pick_device, pick_dtype
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ def load(path: Path | str, *, adapter: Path | str | None = None, device: str = "
 
     Raises ``InputError`` for what is missing, damaged, or does not fit together.
     """
-    path, where = Path(path), pick_device(device)
-    kind = pick_dtype(dtype, where)
+    path, on = Path(path), pick_device(device)
+    in_dtype = pick_dtype(dtype, on)
     if not path.exists():
         raise InputError(f"{path}: wanted a run, a checkpoint or a Hugging Face folder, found nothing")
     if (path / "config.json").exists() and not (path / "manifest.json").exists():
-        found = Loaded(load_hf(path, dtype=kind, device=where), load_tokenizer(path), None)
+        found = Loaded(load_hf(path, dtype=in_dtype, device=on), load_tokenizer(path), None)
     else:
-        found = from_checkpoint(load_checkpoint(path, optimizer=False), where, kind)
+        found = from_checkpoint(load_checkpoint(path, optimizer=False), on, in_dtype)
     check_vocab_fits(found.tokenizer, found.model.config, path)
     if adapter is not None:
         fold_adapter(found.model)
@@ -51,9 +52,7 @@ def load(path: Path | str, *, adapter: Path | str | None = None, device: str = "
 
 def from_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Loaded:
     """The model of a checkpoint. ``InputError`` if it does not hold what its config promises."""
-    if checkpoint.tokenizer is None:
-        raise InputError(f"{checkpoint.path}: wanted a tokenizer beside the weights, found none")
-    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    tokenizer = tokenizer_of(checkpoint)
     if "lora" in checkpoint.state:
         name = str(dtype).removeprefix("torch.")
         model = load_base(checkpoint.state.get("base", ""), device=str(device), dtype=name).model
@@ -66,15 +65,22 @@ def from_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
     return Loaded(model, tokenizer, checkpoint)
 
 
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer that was saved with a checkpoint. ``InputError`` if none was."""
+    if checkpoint.tokenizer is None:
+        raise InputError(f"{checkpoint.path}: wanted a tokenizer beside the weights, found none")
+    return load_tokenizer(checkpoint.tokenizer)
+
+
 def load_base(path: Path | str, *, device: str = "auto", dtype: str = "auto") -> Loaded:
-    """As ``load``, and an adapter that the model has is folded in, so that the next one finds a plain model."""
+    """As ``load``, with an adapter that the model has merged into its weights, so that the next one fits on top."""
     found = load(path, device=device, dtype=dtype)
     fold_adapter(found.model)
     return found
 
 
 def fold_adapter(model: Decoder) -> None:
-    """Merge the adapter of ``model`` if it has one."""
+    """Merge the adapter of ``model`` into its weights, if it has one."""
     if lora_modules(model):
         merge_lora(model)
 
@@ -86,7 +92,7 @@ def build(config: Config, device: torch.device, dtype: torch.dtype, seed: int = 
 
 
 def config_from_dict(found: Mapping[str, Any], where: Path | str) -> Config:
-    """The Config that ``asdict`` made this of. ``InputError`` for fields that are missing or unknown."""
+    """The ``Config`` that ``asdict`` turned into ``found``. ``InputError`` for fields that are missing or unknown."""
     known = {f.name for f in fields(Config)}
     if odd := found.keys() - known:
         raise InputError(f"{where}: config has an unknown field {min(odd)!r}; a newer fmcore may have written it")
@@ -98,7 +104,7 @@ def config_from_dict(found: Mapping[str, Any], where: Path | str) -> Config:
 
 
 def lora_from_dict(found: Any, where: Path | str) -> LoraConfig:
-    """The LoraConfig that ``asdict`` made this of. ``InputError`` if it is no such thing."""
+    """The ``LoraConfig`` that ``asdict`` turned into ``found``. ``InputError`` if ``found`` is no such thing."""
     try:
         targets = found["targets"]
         return LoraConfig(**{**found, "targets": targets if isinstance(targets, str) else tuple(targets)})

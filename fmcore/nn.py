@@ -1,4 +1,7 @@
-"""Modules over the operators: parameters and no mathematics. Drop-in for their torch.nn namesakes."""
+"""Modules over the operators: parameters and no mathematics.
+
+``RMSNorm``, ``LayerNorm`` and ``GELU`` can stand in for their ``torch.nn`` namesakes.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +42,7 @@ class SwiGLU(nn.Module):
 
 
 class GELU(nn.Module):
-    """``x * Phi(x)``, by ``tanh`` or, with ``approximate="none"``, by ``erf``."""
+    """``x * Phi(x)``, Phi approximated with tanh or, with ``approximate="none"``, exact by erf."""
 
     def __init__(self, approximate: str = "tanh"):
         super().__init__()

@@ -19,6 +19,7 @@ _lib = torch.library.Library("fmcore", "DEF")
 
 
 def _from_env(text: str) -> dict[str, str]:
+    """What ``FMCORE_BODY`` says, as operator -> body."""
     pairs = [pair.split("=") for pair in text.split(",") if pair]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"FMCORE_BODY must read op=body,op=body (op may be *), got {text!r}")
@@ -42,7 +43,7 @@ class Op:
         OPS[self.name] = self
 
     def body(self, name: str, accepts: Callable[..., bool] = lambda *args: True) -> Callable:
-        """Decorator: the function below computes this operator whenever ``accepts(*args)``."""
+        """Decorator: the function is a body of this operator, for all arguments that ``accepts(*args)`` says yes to."""
 
         def register(fn: Callable) -> Callable:
             self.bodies[name] = (fn, accepts)
@@ -51,11 +52,16 @@ class Op:
         return register
 
     def eager(self, x: torch.Tensor) -> bool:
-        """Should the caller take its plain PyTorch path: asked for by name, or no GPU and no body for a CPU?"""
+        """Whether the caller should take its plain PyTorch path.
+
+        It should when that was asked for by name, and for a tensor ``x`` that is not on a GPU when the operator has no
+        body for a CPU.
+        """
         forced = self._choice()
         return forced == "eager" or (forced is None and not x.is_cuda and "cpu" not in self.bodies)
 
     def _choice(self) -> str | None:
+        """The body that was asked for, by the operator's name or for all; ``None`` when none was."""
         named = _forced.get(self.name)
         if named and named != "eager" and named not in self.bodies:
             raise ValueError(f"fmcore::{self.name} has no body {named!r}, only {['eager', *self.bodies]}")
@@ -63,6 +69,15 @@ class Op:
         return named or (everywhere if everywhere == "eager" or everywhere in self.bodies else None)
 
     def _run(self, *args: Any) -> Any:
+        """What the dispatcher calls: choose a body and run it."""
+        x = args[0]
+        if isinstance(x, torch.Tensor) and x.is_cuda and x.device.index != torch.cuda.current_device():
+            # Triton launches on the current device, wherever the tensors are.
+            with torch.cuda.device(x.device):
+                return self._run_here(*args)
+        return self._run_here(*args)
+
+    def _run_here(self, *args: Any) -> Any:
         if (forced := self._choice()) in self.bodies:
             return self.bodies[forced][0](*args)
         for fn, accepts in reversed(self.bodies.values()):
@@ -77,7 +92,10 @@ class Op:
 
 @contextmanager
 def use(body: str, op: str = "*") -> Iterator[None]:
-    """Run ``body`` of ``op`` inside the block, so that tests and benchmarks name what they measure."""
+    """Inside the block ``op`` (``"*"``: every operator that has it) runs ``body``.
+
+    With it tests and benchmarks name what they measure.
+    """
     before = _forced.copy()
     _forced[op] = body
     try:

@@ -39,7 +39,8 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: None = None, *, clip: float | None = None) -> Tensor:  # type: ignore[override]
         """One step; returns the norm of all gradients before clipping, a scalar tensor that nobody has waited for.
 
-        With ``clip`` the gradients count as scaled to a norm of at most ``clip``; ``.grad`` may be scaled with it.
+        With ``clip`` the step is that of gradients scaled to a norm of at most ``clip``; ``.grad`` itself may be scaled
+        on the way.
         """
         if closure is not None:
             raise ValueError("AdamW.step: closure must be None, this optimizer evaluates the gradient once")
@@ -64,6 +65,7 @@ class AdamW(torch.optim.Optimizer):
             self.state[p]["master"] = p.detach().to(wide)
 
     def _update(self, params: list[Tensor], step: int, group: dict, scale: Tensor | None) -> None:
+        """One AdamW step, number ``step``, of parameters that all have a gradient."""
         states = [self.state[p] for p in params]
         masters = [s.get("master", p) for p, s in zip(params, states, strict=True)]
         # For a parameter that is its own master, ``to`` gives the gradient itself.
@@ -87,7 +89,10 @@ class AdamW(torch.optim.Optimizer):
             torch._foreach_copy_([p for p, _ in narrow], [m for _, m in narrow])
 
     def tensors(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state as named tensors, for a safetensors file; ``named`` gives the name of each parameter."""
+        """The state as tensors named ``parameter:key``, for a safetensors file.
+
+        ``named`` holds the parameters by name.
+        """
         found = {name: self.state[p] for name, p in named.items() if self.state.get(p)}
         return {
             f"{name}:{key}": torch.tensor(t) if key == "step" else t
@@ -96,7 +101,10 @@ class AdamW(torch.optim.Optimizer):
         }
 
     def load_tensors(self, named: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-        """Undo ``tensors``; names outside it are ignored. ``InputError`` if a piece is missing or has another shape."""
+        """Take over a state that ``tensors`` returned; other names in it are ignored.
+
+        Raises ``InputError`` if a piece of a parameter's state is missing or has another shape.
+        """
         for name, p in named.items():
             if not p.requires_grad or f"{name}:step" not in tensors:
                 continue

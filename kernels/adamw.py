@@ -26,7 +26,7 @@ def adamw_foreach_(
     weight_decay: float,
     grad_scale: Tensor | None,
 ) -> None:
-    """PyTorch's foreach path: each line is one pass over all tensors."""
+    """PyTorch's foreach path, where each line is a pass over all tensors; takes any devices and dtypes."""
     if grad_scale is not None:
         torch._foreach_div_(grads, grad_scale)
     torch._foreach_mul_(params, 1 - lr * weight_decay)
@@ -52,8 +52,12 @@ def adamw_fused_(
     weight_decay: float,
     grad_scale: Tensor | None,
 ) -> None:
-    """PyTorch's single-pass path: a parameter, its gradient and both moments are touched once."""
-    steps = [torch.tensor(float(step), device=params[0].device)] * len(params)
+    """PyTorch's single-pass path, which touches a parameter, its gradient and both moments once.
+
+    All tensors must share a device and a dtype.
+    """
+    # Filled where it lies: a number that is copied to a GPU makes the host wait for it.
+    steps = [torch.full((), float(step), dtype=torch.float32, device=params[0].device)] * len(params)
     # Whatever the gradients are, this operator takes their scale in fp32.
     scale = None if grad_scale is None else grad_scale.float()
     torch._fused_adamw_(
@@ -90,9 +94,10 @@ def adamw_(
 ) -> None:
     """Step ``params`` and their moments in place; ``step`` counts from 1.
 
-    ``grad_scale`` is a scalar tensor that ``grads`` are divided by on the way, in place, so that clipping costs no pass
-    and no synchronisation. All lists run in parallel and every tensor of one parameter has its shape, dtype and device.
-    Raises ValueError when the lists do not fit, TypeError when a dtype is not floating.
+    ``grad_scale`` is a scalar tensor that ``grads`` are divided by on the way, in place, so that clipping costs no
+    further pass and no synchronisation. The lists run in parallel: gradient and moments have the shape, dtype and
+    device of their parameter.
+    Raises ``ValueError`` when the lists do not fit, ``TypeError`` when a dtype is not floating.
     """
     if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs):
         raise ValueError(

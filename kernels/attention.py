@@ -54,6 +54,7 @@ def attention_ref(
 def _dense(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float | None, kv_lens: Tensor | None
 ) -> Tensor:
+    """Rows of one length each, (B, Tq, H, D); a mask is formed only where PyTorch's own flags cannot say it."""
     Tq, Tk, grouped = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
     narrow = window is not None and window < Tk
@@ -70,7 +71,7 @@ def _dense(
 def _packed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int | None, scale: float | None
 ) -> Tensor:
-    """Segments of one length go through one call: with long documents nearly all of them are whole rows."""
+    """Packed documents, (M, H, D). Those of one length share a call: with long documents nearly all are whole rows."""
     lengths = cu_seqlens.diff().tolist()
     if sum(lengths) != q.shape[0] or min(lengths, default=0) < 0:
         raise ValueError(f"attention: cu_seqlens must rise from 0 to M={q.shape[0]}, got {cu_seqlens.tolist()[:8]}...")
@@ -103,17 +104,19 @@ def attention(
     cu_seqlens: Tensor | None = None,
     kv_lens: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention; q (B, Tq, H, D), k (B, Tk, G, D), v (B, Tk, G, Dv) give (B, Tq, H, Dv).
+    """``softmax(scale * q k^T) v`` over the keys that each query may see, (B, Tq, H, Dv).
+
+    q is (B, Tq, H, D), k (B, Tk, G, D), v (B, Tk, G, Dv); query head h reads kv head h // (H / G).
 
     Args:
         causal: a query sees keys up to its own position.
-        window: a query sees the last ``window`` keys only, its own included (both sides when not causal).
+        window: a query sees only the last ``window`` keys, its own included (on both sides when not causal).
         scale: factor on q . k, by default 1 / sqrt(D).
         cu_seqlens: (S+1,) int32, where packed documents start, 0 first and M last; then q is (M, H, D), k and v are
             (M, G, D). Its values are read: keep it on the CPU, where that costs no synchronisation.
         kv_lens: (B,) integers, how many keys of each sequence are filled; queries stand at the end of those.
 
-    A query that sees no key gives 0. Raises ValueError for shapes that do not fit, TypeError for dtypes.
+    A query that sees no key gives 0. Raises ``ValueError`` for shapes that do not fit, ``TypeError`` for dtypes.
     """
     check.same("attention", q=q, k=k, v=v)
     check.dtype("attention", q=q)

@@ -126,7 +126,7 @@ class GELU(torch.autograd.Function):
 
 
 def gelu(x: Tensor, approximate: str = "tanh") -> Tensor:
-    """``x`` times the normal distribution function at ``x``, elementwise on ``x`` (..., N), floating.
+    """``x * Phi(x)`` elementwise, for ``x`` (..., N) of a floating dtype; Phi is the normal distribution function.
 
     ``approximate="tanh"`` is the formula of GPT-2, ``"none"`` the exact one through erf. Raises ``ValueError`` on
     another ``approximate``, ``TypeError`` on dtypes. Source: arXiv:1606.08415.

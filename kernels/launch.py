@@ -26,7 +26,7 @@ def _sms(device: torch.device) -> int:
 
 
 def sm_count(device: torch.device) -> int:
-    """Multiprocessors of ``device``; a constant where it is no CUDA device."""
+    """The number of multiprocessors of ``device``, or ``SMS_WITHOUT_GPU`` where it is no CUDA device."""
     return _sms(device) if device.type == "cuda" else SMS_WITHOUT_GPU
 
 

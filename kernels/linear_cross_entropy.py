@@ -25,11 +25,13 @@ CHUNK = 2**25
 def linear_cross_entropy_ref(
     h: Tensor, w: Tensor, targets: Tensor, bias: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
+    """The formula as it stands, logits and all: what the chunks must equal."""
     z = F.linear(h, w, bias).to(torch.promote_types(h.dtype, torch.float32))
     return F.cross_entropy(z, targets, ignore_index=ignore_index, reduction=reduction)
 
 
 def _logits(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """z of some rows (m, V), in the dtype of the sums."""
     return F.linear(h, w, bias).to(torch.promote_types(h.dtype, torch.float32))
 
 
@@ -41,9 +43,28 @@ def _softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _minus_onehot_(p: Tensor, targets: Tensor, ignored: Tensor) -> Tensor:
-    """Probabilities become the gradient of the loss on the logits, in place."""
+    """dz of some rows from their probabilities, in place; 0 in ignored rows."""
     p.scatter_add_(1, targets.masked_fill(ignored, 0)[:, None], p.new_full((len(p), 1), -1.0))
     return p.masked_fill_(ignored[:, None], 0.0)
+
+
+class _Gradients:
+    """dh, dw and db as the chunks add to them, dw and db in ``acc``; ``None`` where nobody needs one."""
+
+    def __init__(self, h: Tensor, w: Tensor, acc: torch.dtype, needs: tuple[bool, bool, bool]):
+        self.h, self.w, self.acc = h, w, acc
+        self.dh = torch.empty_like(h) if needs[0] else None
+        self.dw = torch.zeros_like(w, dtype=acc) if needs[1] else None
+        self.db = torch.zeros_like(w[:, 0], dtype=acc) if needs[2] else None
+
+    def add(self, part: slice, dz: Tensor) -> None:
+        """What the rows ``part`` contribute, from their dz (m, V)."""
+        if self.dh is not None:
+            self.dh[part] = dz @ self.w
+        if self.dw is not None:
+            self.dw += dz.T @ self.h[part]
+        if self.db is not None:
+            self.db += dz.sum(0, dtype=self.acc)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -52,12 +73,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, bias, targets, ignore_index, rows, needs):
         step = max(1, CHUNK // w.shape[0])
-        need_h, need_w, need_b = needs
         acc = torch.promote_types(h.dtype, torch.float32)
         loss, lse = (torch.empty(len(h), dtype=acc, device=h.device) for _ in range(2))
-        dh = torch.empty_like(h) if need_h and not rows else None
-        dw = torch.zeros_like(w, dtype=acc) if need_w and not rows else None
-        db = torch.zeros_like(w[:, 0], dtype=acc) if need_b and not rows else None
+        gradients = _Gradients(h, w, acc, (False,) * 3 if rows else needs)
         for i in range(0, len(h), step):
             part = slice(i, i + step)
             z = _logits(h[part], w, bias)  # (m, V)
@@ -66,54 +84,36 @@ class LinearCrossEntropy(torch.autograd.Function):
             lse[part], p = _softmax_(z)
             loss[part] = (lse[part] - hit).masked_fill(ignored, 0.0)
             if not rows and any(needs):
-                dz = _minus_onehot_(p, targets[part], ignored).to(h.dtype)
-                if dh is not None:
-                    dh[part] = dz @ w
-                if dw is not None:
-                    dw += dz.T @ h[part]
-                if db is not None:
-                    db += dz.sum(0, dtype=acc)
+                gradients.add(part, _minus_onehot_(p, targets[part], ignored).to(h.dtype))
         ctx.options = ignore_index, rows, step, needs
         if rows:
             ctx.save_for_backward(h, w, bias, targets, lse)
             return loss
-        ctx.save_for_backward(dh, dw, db)
+        ctx.save_for_backward(gradients.dh, gradients.dw, gradients.db)
         ctx.dtypes = w.dtype, None if bias is None else bias.dtype
         return loss.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        ignore_index, rows, step, (need_h, need_w, need_b) = ctx.options
+        ignore_index, rows, step, needs = ctx.options
         if not rows:
             dh, dw, db = ctx.saved_tensors
-            dh = dh * g.to(dh.dtype) if need_h else None
-            dw = (dw * g).to(ctx.dtypes[0]) if need_w else None
-            db = (db * g).to(ctx.dtypes[1]) if need_b else None
+            # Not in 16 bits, which would round g, say 1 / targets, alike for every row.
+            dh = None if dh is None else (dh.to(g.dtype) * g).to(dh.dtype)
+            dw = None if dw is None else (dw * g).to(ctx.dtypes[0])
+            db = None if db is None else (db * g).to(ctx.dtypes[1])
             return dh, dw, db, None, None, None, None
         h, w, bias, targets, lse = ctx.saved_tensors
-        dh = torch.empty_like(h) if need_h else None
-        dw = torch.zeros_like(w, dtype=lse.dtype) if need_w else None
-        db = torch.zeros_like(w[:, 0], dtype=lse.dtype) if need_b else None
+        gradients = _Gradients(h, w, lse.dtype, needs)
         for i in range(0, len(h), step):
             part = slice(i, i + step)
             p = _logits(h[part], w, bias).sub_(lse[part, None]).exp_()
             dz = _minus_onehot_(p, targets[part], targets[part] == ignore_index).mul_(g[part, None]).to(h.dtype)
-            if dh is not None:
-                dh[part] = dz @ w
-            if dw is not None:
-                dw += dz.T @ h[part]
-            if db is not None:
-                db += dz.sum(0, dtype=lse.dtype)
-        return (
-            dh,
-            None if dw is None else dw.to(w.dtype),
-            None if db is None else db.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+            gradients.add(part, dz)
+        dw = None if gradients.dw is None else gradients.dw.to(w.dtype)
+        db = None if gradients.db is None else gradients.db.to(bias.dtype)
+        return gradients.dh, dw, db, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -128,8 +128,9 @@ def linear_cross_entropy(
     """``cross_entropy(h @ w.T + bias, targets)`` without the logits; h (M, C), w (V, C), targets (M,), bias (V,).
 
     ``reduction`` is "mean" over the rows that are not ignored (nan when all are, as in PyTorch), "sum", or "none" for
-    the (M,) row losses. The loss is fp32 (fp64 for fp64 input). Raises ValueError for shapes and an unknown reduction,
-    TypeError for dtypes. A target outside [0, V) that is not ``ignore_index`` is an index error of PyTorch's gather.
+    the (M,) row losses. The loss is fp32 (fp64 for fp64 input). Raises ``ValueError`` for shapes, devices and an
+    unknown reduction, ``TypeError`` for dtypes. A target outside [0, V) that is not ``ignore_index`` is an index error
+    of PyTorch's gather.
     """
     check.shape("linear_cross_entropy", h=(h, "M C"), w=(w, "V C"), targets=(targets, "M"))
     check.same("linear_cross_entropy", h=h, w=w, bias=bias)

@@ -135,7 +135,8 @@ bwd = Op(
 def rms_norm_fwd_cpu(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x32 = x.to(accumulator(x.dtype)[0])
     rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return torch.mul(x32, rstd).mul_(w).to(x.dtype), rstd.squeeze(-1)
+    y = torch.mul(x32, rstd, out=x32.new_empty(x.shape))
+    return y.mul_(w).to(x.dtype), rstd.squeeze(-1)
 
 
 @bwd.body("cpu", accepts=lambda dy, *rest: dy.device.type == "cpu")

@@ -31,7 +31,7 @@ WARPS = 4
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How Llama 3.1 stretches its frequencies to a longer context: long wavelengths by ``factor``, short ones not."""
+    """How Llama 3.1 stretches its rotations to a longer context: long wavelengths by ``factor``, short ones not."""
 
     factor: float
     # Wavelengths beyond original_max_position_embeddings / low_freq_factor positions are stretched in full, those below
@@ -81,7 +81,7 @@ def rope_tables(
 
 
 def _angles(table: Tensor, positions: Tensor | None, B: int, T: int) -> Tensor:
-    """The rows of ``table`` (P, R/2) for B * T rows, (B or 1, T, 1, R/2)."""
+    """The row of ``table`` (P, R/2) for each of the B * T tokens, (B or 1, T, 1, R/2)."""
     if positions is None:
         return table[:T][None, :, None]
     try:

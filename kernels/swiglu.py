@@ -65,6 +65,7 @@ def swiglu_bwd_kernel(
 
 
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """gate and up, also when ``gate`` holds both."""
     if up is None:
         gate, up = gate.chunk(2, -1)
     return gate, up

@@ -94,7 +94,7 @@ def test_what_is_typed_arrives(parser):
             "pretrain --schedule cosin",
             "--schedule must be one of cosine, wsd, constant, got 'cosin'; did you mean cosine?",
         ),
-        ("pretrain --steps 10", "50 of warm-up do not fit into 10 steps"),
+        ("pretrain --steps 10 --warmup 50", "50 of warm-up do not fit into 10 steps"),
         ("pretrain --beta1 1", "beta1 must be within [0, 1), got 1.0"),
         ("pretrain --held-out 2", "held_out must be a share between 0 and 1, got 2.0"),
         ("pretrain text.txt", "wanted options, which start with --, got 'text.txt'"),
@@ -256,7 +256,7 @@ def test_finetune_then_export(base, tmp_path, capsys, full):
     text.write_text("\n".join(f"The {i}th day was as long as the one before it." for i in range(80)))
     run = tmp_path / "tuned"
     before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
-    words = ["finetune", "--model", base, "--run", run, "--data", text, "--steps", 30, *TRAIN]
+    words = ["finetune", "--model", base, "--run", run, "--data", text, "--steps", 30, "--lr", 0.01, *TRAIN]
     assert fmcore(*words, *["--full"] * full) == 0
     assert before == {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
     loss = losses(run)

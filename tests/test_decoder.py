@@ -7,28 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import GPT2, LLAMA, MISTRAL, QWEN3
 
 from fmcore.errors import InputError
 from fmcore.kernels.rope import RopeScaling
-from fmcore.models.decoder import PRESETS, Cache, Config, Decoder
+from fmcore.models.decoder import PRESETS, Cache, Decoder
 
-GPT2 = Config(
-    vocab_size=40,
-    layers=2,
-    width=24,
-    heads=3,
-    ffn=64,
-    context=16,
-    norm="layer",
-    norm_eps=1e-5,
-    activation="gelu_tanh",
-    positions="learned",
-    bias=True,
-    tied=True,
-)
-LLAMA = Config(vocab_size=40, layers=2, width=24, heads=4, kv_heads=2, head_dim=6, ffn=40, context=16)
-QWEN3 = replace(LLAMA, head_dim=8, kv_heads=1, qk_norm=True, tied=True)
-MISTRAL = replace(LLAMA, window=3)
 CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3, "mistral": MISTRAL, "gelu": replace(LLAMA, activation="gelu")}
 
 

@@ -9,7 +9,7 @@ import torch
 from fmcore import demo as demo_file
 from fmcore.demo import DemoOptions, demo, set_aside
 from fmcore.errors import InputError
-from fmcore.jobs import load
+from fmcore.load import load
 from fmcore.train.checkpoint import checkpoints, read_safetensors
 from fmcore.train.loop import Interrupted
 from fmcore.train.metrics import read_metrics
@@ -21,7 +21,7 @@ STEPS, ADAPT = 12, 6
 def small(tmp_path_factory):
     """A demo of a few steps; its figures and its folder."""
     run = tmp_path_factory.mktemp("demo") / "run"
-    return demo(DemoOptions(run=run, steps=STEPS, adapt_steps=ADAPT, eval_tokens=2048)), run
+    return demo(DemoOptions(run=run, steps=STEPS, adapt_steps=ADAPT, eval_tokens=2048, device="cpu")), run
 
 
 def test_every_file_is_there(small):
@@ -95,7 +95,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 def test_a_stopped_demo_goes_on(tmp_path, monkeypatch, small):
     """Stopped after 5 steps and resumed, pre-training ends with the weights of the demo that ran through."""
     run = tmp_path / "demo"
-    options = DemoOptions(run=run, steps=STEPS, adapt_steps=ADAPT, eval_tokens=2048)
+    options = DemoOptions(run=run, steps=STEPS, adapt_steps=ADAPT, eval_tokens=2048, device="cpu")
     real = demo_file.train
 
     def stopped(*args, **kwargs):
@@ -106,7 +106,7 @@ def test_a_stopped_demo_goes_on(tmp_path, monkeypatch, small):
     with pytest.raises(Interrupted):
         demo(options)
     monkeypatch.setattr(demo_file, "train", real)
-    again = demo(DemoOptions(run=run, adapt_steps=ADAPT, eval_tokens=2048, resume=True))
+    again = demo(DemoOptions(run=run, adapt_steps=ADAPT, eval_tokens=2048, device="cpu", resume=True))
     assert again["scores"] == small[0]["scores"]
     whole, parts = (read_safetensors(checkpoints(r)[0] / "model.safetensors") for r in (small[1], run))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)

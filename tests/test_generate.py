@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import GPT2, LLAMA
 
 from fmcore.data.tokenizer import ByteTokenizer
 from fmcore.errors import InputError
@@ -12,20 +13,6 @@ from fmcore.generate import SampleConfig, candidates, choose, complete, generate
 from fmcore.models.decoder import Config, Decoder
 
 V, END = 40, 39
-GPT2 = Config(
-    vocab_size=V,
-    layers=2,
-    width=24,
-    heads=3,
-    ffn=64,
-    context=16,
-    norm="layer",
-    activation="gelu_tanh",
-    positions="learned",
-    bias=True,
-    tied=True,
-)
-LLAMA = Config(vocab_size=V, layers=2, width=24, heads=4, kv_heads=2, ffn=40, context=16)
 CONFIGS = {"gpt2": GPT2, "gqa": LLAMA, "window": replace(LLAMA, window=3), "qk_norm": replace(LLAMA, qk_norm=True)}
 GREEDY = SampleConfig(max_tokens=8, temperature=0.0)
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]

@@ -2,13 +2,14 @@
 
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import CONFIG, losses, write_text
+from tiny import CONFIG, losses, lr_scale, write_text
 
 from fmcore.adapt.lora import LoraConfig, adapter_parameters, add_lora, base_state_dict
 from fmcore.data.packing import Loader, held_out_batches
@@ -16,10 +17,10 @@ from fmcore.data.shards import build_shards
 from fmcore.data.tokenizer import ByteTokenizer
 from fmcore.errors import InputError
 from fmcore.models.decoder import Decoder
+from fmcore.train import loop
 from fmcore.train.checkpoint import checkpoints, load_checkpoint
 from fmcore.train.loop import TrainOptions, train
 from fmcore.train.metrics import read_metrics, step_flops
-from fmcore.train.schedule import lr_scale
 
 OPTIONS = TrainOptions(steps=20, batch_size=2, seq_len=32, lr=0.01, warmup=3, eval_every=0, save_every=0)
 BYTES = torch.from_numpy(ByteTokenizer().token_bytes())
@@ -157,6 +158,18 @@ def test_weights_that_a_bad_gradient_spoiled_are_not_saved(shards, tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000005"]
 
 
+@pytest.mark.parametrize("save", [True, False])
+def test_a_signal_says_whether_it_saved(shards, tmp_path, save):
+    class Stopped(Decoder):
+        def loss(self, *args, **options):
+            signal.raise_signal(signal.SIGINT)
+            return super().loss(*args, **options)
+
+    with pytest.raises(loop.Interrupted, match="stopped after step 1, saved in" if save else "step 1, not saved") as e:
+        train(Stopped(CONFIG), loader(shards), OPTIONS, tmp_path, save=save)
+    assert e.value.code == 130 and bool(checkpoints(tmp_path)) is save
+
+
 def test_looks_and_saves_when_asked(shards, tmp_path, capsys):
     held = list(held_out_batches(shards[1], 2, 32))
     texts, asked = iter(f"sample {i}" for i in range(99)), []
@@ -191,6 +204,20 @@ def test_looks_and_saves_when_asked(shards, tmp_path, capsys):
     assert bits[-1] < bits[0] < 9
 
 
+def test_looks_and_saves_when_asked_on_a_gpu(shards, tmp_path, monkeypatch):
+    """Where the loss is read every fourth step only, the other intervals hold all the same, and so does the clock."""
+    monkeypatch.setattr(loop, "LOG_EVERY", {"cpu": 4})
+    held = list(held_out_batches(shards[1], 2, 32))
+    options = replace(OPTIONS, eval_every=6, sample_every=9, save_every=7, keep=9)
+    more = {"held_out": {"text": held}, "token_bytes": BYTES, "sample": lambda: "text"}
+    train(model(), loader(shards), options, tmp_path, **more)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records if "bits_per_byte" in r] == [6, 12, 18, 20]
+    assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["20", "14", "07"]
+    # Read too: the steps before the meter counts, and those after which it pauses.
+    assert [r["step"] for r in records] == [1, 2, 4, 6, 7, 8, 9, 12, 14, 16, 18, 20]
+
+
 def test_looking_and_sampling_change_nothing(shards, tmp_path):
     lora = LoraConfig(rank=4, dropout=0.3)
     held = {"text": list(held_out_batches(shards[1], 2, 32))}
@@ -215,8 +242,6 @@ def test_metrics_say_what_was_promised(shards, tmp_path):
 
 
 def test_a_known_peak_gives_both_kinds_of_mfu(shards, tmp_path, monkeypatch):
-    from fmcore.train import loop
-
     monkeypatch.setattr(loop, "Meter", lambda peak, device: Meter(peak=1e12, device=device))
     from fmcore.train.metrics import Meter
 

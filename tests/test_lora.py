@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import GPT2, LLAMA, MISTRAL, QWEN3
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmcore.adapt.lora import (
@@ -16,36 +17,18 @@ from fmcore.adapt.lora import (
     adapter_size,
     add_lora,
     base_state_dict,
-    load_adapter,
     lora_modules,
     lora_off,
     merge_lora,
     projections,
-    save_adapter,
 )
+from fmcore.adapt.peft import load_adapter, save_adapter
 from fmcore.errors import InputError
 from fmcore.files import read_safetensors, write_safetensors
-from fmcore.models.decoder import Config, Decoder
+from fmcore.models.decoder import Decoder
 from fmcore.models.hf import save_hf
 from fmcore.optim import AdamW
 
-GPT2 = Config(
-    vocab_size=40,
-    layers=2,
-    width=24,
-    heads=3,
-    ffn=64,
-    context=16,
-    norm="layer",
-    norm_eps=1e-5,
-    activation="gelu_tanh",
-    positions="learned",
-    bias=True,
-    tied=True,
-)
-LLAMA = Config(vocab_size=40, layers=2, width=24, heads=4, kv_heads=2, ffn=40, context=16)
-QWEN3 = replace(LLAMA, head_dim=8, kv_heads=1, qk_norm=True, tied=True)
-MISTRAL = replace(LLAMA, window=3)
 CONFIGS = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3, "mistral": MISTRAL}
 LORA = LoraConfig(rank=3, alpha=5.0)
 
@@ -539,7 +522,7 @@ def test_an_adapter_that_is_or_is_not_there(tmp_path):
     with pytest.raises(InputError, match="lora: wanted a model without an adapter"):
         add_lora(model, LORA)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file: cannot make a folder for the adapter"):
+    with pytest.raises(InputError, match="file: cannot make this folder"):
         save_adapter(model, tmp_path / "file")
 
 

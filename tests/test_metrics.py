@@ -307,6 +307,14 @@ def test_resume_tells_one_history(tmp_path):
     assert read_metrics(path) == pretrain + adapt
     write(path, [{"phase": "adapt", "step": 2, "again": 1}], resume=("adapt", 1))
     assert read_metrics(path) == [*pretrain, adapt[0], {"phase": "adapt", "step": 2, "again": 1}]
+    # At the very end of the first phase: the second one starts again, so its records go.
+    write(path, pretrain + adapt, resume=("pretrain", 0))
+    write(path, adapt, resume=("pretrain", 6))
+    assert read_metrics(path) == pretrain + adapt
+    # On a GPU not every step has a record, so the step of the checkpoint may have none, and its phase none at all yet.
+    write(path, [], resume=("adapt", 99))
+    write(path, [], resume=("late", 7))
+    assert read_metrics(path) == pretrain + adapt
     # Inside the first phase: what came out of the rest of it goes as well.
     write(path, [{"phase": "pretrain", "step": 5}], resume=("pretrain", 4))
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4, 5]

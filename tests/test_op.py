@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fmcore import op as op_file
 from fmcore.op import Op, use
@@ -100,3 +101,27 @@ def test_environment_names_bodies(text, code):
     assert done.returncode == code
     if code:
         assert f"FMCORE_BODY must read op=body,op=body (op may be *), got {text!r}" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fakes four GPUs, which only works where there is none")
+def test_a_body_runs_with_the_device_of_its_tensors_current(monkeypatch):
+    """Triton launches on the current device, wherever the tensors are."""
+    current = [0]
+
+    class Guard:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    where = Op("test_where(Tensor x) -> Tensor", fake=lambda x: x)
+    where.body("any")(lambda x: current[-1])
+    with FakeTensorMode():
+        assert [where._run(torch.empty(2, device=f"cuda:{i}")) for i in (0, 1, 3)] == [0, 1, 3]
+    assert current == [0] and where._run(torch.empty(2)) == 0

@@ -26,7 +26,7 @@ def of_documents(documents: list[list[int]], name: str = "a", fingerprint: str =
 
 
 def counting(length: int, name: str = "a") -> Shard:
-    """A stream of `length` tokens in which no two windows are alike: i, or pairs (i // 250, i % 250)."""
+    """A stream of ``length`` tokens in which no two windows are alike: i, or pairs (i // 250, i % 250)."""
     ids = range(length) if length < 250 else [v for i in range(length) for v in (i // 250, i % 250)]
     return of_documents([list(ids[: length - 2])], name)
 

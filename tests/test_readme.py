@@ -37,7 +37,7 @@ def test_commands_exist():
 
 
 def test_options_on_the_command_line_exist():
-    """Every `fmcore ...` line of the README is parsed as the command line would, short of running it."""
+    """Every ``fmcore ...`` line of the README is parsed as the command line would, short of running it."""
     import importlib
     import shlex
 

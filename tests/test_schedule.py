@@ -5,9 +5,10 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import lr_scale
 
 from fmcore.errors import InputError
-from fmcore.train.schedule import Schedule, lr_scale
+from fmcore.train.schedule import Schedule
 
 
 def test_warm_up_is_a_line_that_never_is_zero():

@@ -238,7 +238,7 @@ def test_a_failing_source_leaves_the_old_shard(shard: Path):
 
 @contextmanager
 def files_at_most(size: int) -> Iterator[None]:
-    """The system refuses to let a file grow beyond `size`, which looks to a program like a full disk."""
+    """The system refuses to let a file grow beyond ``size``, which looks to a program like a full disk."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
     try:

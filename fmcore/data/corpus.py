@@ -1,12 +1,12 @@
 """Documents of text from wherever they lie, and their split into training and held-out text.
 
     "stdlib"       source of Python's standard library, as found on this Python, tests left out: one document a file
-    "topics"       the English prose of `pydoc_data.topics`: one document a topic
+    "topics"       the English prose of ``pydoc_data.topics``: one document a topic
     a text file    one document; a name that ends in .jsonl: one document a line, taken from the field "text"
     a folder       every text and .jsonl file below it, sorted; hidden and binary files are left out
-    "hf:org/name[/config][:split]"     a data set through the package `datasets` (an extra)
+    "hf:org/name[/config][:split]"     a data set through the package ``datasets`` (an extra)
 
-A folder called "stdlib" is read as "./stdlib". Blank documents are left out. All errors are InputError.
+A folder called "stdlib" is read as "./stdlib". Blank documents are left out. All errors are ``InputError``.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import json
 import os
 import platform
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,16 @@ LIBRARY_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-package
 
 @dataclass(frozen=True)
 class Document:
+    """A text, under a name that is unique within its source."""
+
     name: str
     text: str
 
 
 def read_documents(source: str, field: str = "text", skipped: list[str] | None = None) -> Iterator[Document]:
-    """The documents of `source`, in a fixed order, one at a time.
+    """The documents of ``source``, in a fixed order, one at a time.
 
-    `field` names the text in .jsonl files and data sets; files of a folder that are no text are added to `skipped`.
+    ``field`` names the text in .jsonl files and data sets; files of a folder that are no text are added to ``skipped``.
     """
     skipped = [] if skipped is None else skipped
     if source.startswith("hf:"):
@@ -47,11 +49,11 @@ def read_documents(source: str, field: str = "text", skipped: list[str] | None =
     else:
         files = _files(source)
         documents = _read_files(files, field, skipped, alone=source != "stdlib" and not os.path.isdir(source))
-    return _some(documents, source, skipped)
+    return _not_blank(documents, source, skipped)
 
 
 def describe_source(source: str, field: str = "text") -> dict[str, Any]:
-    """What tells whether `source` is still the same, without reading it: names, sizes and times of its files."""
+    """What tells whether ``source`` is still the same: names, sizes and times of its files, which are not read."""
     described: dict[str, Any] = {"source": source, "field": field}
     if source.startswith("hf:"):
         return described
@@ -70,7 +72,7 @@ def describe_source(source: str, field: str = "text") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Split:
-    """Which text is held out: the documents whose hash is in `held`; with `cut`, the tail of each instead."""
+    """Which text is held out: the documents whose hash is in ``held``; with ``cut``, the tail of each instead."""
 
     held_out: float
     held: frozenset[int]
@@ -86,7 +88,7 @@ class Split:
 
 
 def plan_split(documents: Iterable[Document], held_out: float = 0.05) -> Split:
-    """Looks at every document once and keeps 16 bytes of each, so that a second pass can stream."""
+    """Which of ``documents`` to hold out; one pass that keeps 16 bytes of each, so that a second pass can stream."""
     if not 0 < held_out < 1:
         raise InputError(f"held_out must be a fraction between 0 and 1, got {held_out}")
     hashes, sizes = array("Q"), array("Q")
@@ -109,10 +111,10 @@ def plan_split(documents: Iterable[Document], held_out: float = 0.05) -> Split:
 
 
 def split_documents(documents: Iterable[Document], held_out: float = 0.05) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents, about `held_out` of the bytes, at least one document each.
+    """Training and held-out documents, about ``held_out`` of the bytes, at least one document each.
 
     The choice hashes name and text, so it depends on no order and copies stay on one side. A single document is cut
-    at the line boundary before its last `held_out`.
+    at the line boundary before its last ``held_out``.
     """
     documents = list(documents)
     split = plan_split(documents, held_out)
@@ -121,7 +123,7 @@ def split_documents(documents: Iterable[Document], held_out: float = 0.05) -> tu
 
 
 def _held(weight: np.ndarray, held_out: float) -> list[int]:
-    """Documents in the order of their hashes until there are bytes enough.
+    """Which documents to hold out: in the order of their hashes, until they have bytes enough.
 
     Counting documents instead would leave the held-out text of a small corpus to chance: 2 of the 79 topics, 1 kB.
     One that overshoots the wanted bytes by more than a quarter is passed over.
@@ -146,6 +148,7 @@ def _hash(document: Document) -> tuple[int, int]:
 
 
 def _cut(document: Document, held_out: float) -> tuple[Document, Document]:
+    """The two parts of a document, at the line boundary before its last ``held_out``."""
     text = document.text
     target = min(max(round(len(text) * (1 - held_out)), 1), len(text) - 1)
     at = text.rfind("\n", 0, target) + 1 or text.find("\n", target) + 1
@@ -160,7 +163,8 @@ def _cut(document: Document, held_out: float) -> tuple[Document, Document]:
     return Document(document.name, text[:at]), Document(f"{document.name} (tail)", text[at:])
 
 
-def _some(documents: Iterator[Document], source: str, skipped: list[str]) -> Iterator[Document]:
+def _not_blank(documents: Iterator[Document], source: str, skipped: list[str]) -> Iterator[Document]:
+    """The documents that hold more than white space. ``InputError`` at the end if there was none."""
     empty = True
     for document in documents:
         if document.text.strip():
@@ -172,7 +176,7 @@ def _some(documents: Iterator[Document], source: str, skipped: list[str]) -> Ite
 
 
 def _files(source: str) -> list[tuple[str, str]]:
-    """(name, path) of the files of `source`, sorted by name; names are relative to the folder, with '/'."""
+    """(name, path) of the files of ``source``, sorted by name; names are relative to the folder, with '/'."""
     if source == "stdlib":
         folder = os.path.dirname(os.__file__)
         files = _below(folder, lambda name: name not in LIBRARY_LEFT_OUT)
@@ -190,7 +194,9 @@ def _files(source: str) -> list[tuple[str, str]]:
     return files
 
 
-def _below(folder: str, wanted: Any) -> list[tuple[str, str]]:
+def _below(folder: str, wanted: Callable[[str], bool]) -> list[tuple[str, str]]:
+    """(name, path) of all files below ``folder`` whose own name, and that of every folder above, is ``wanted``."""
+
     def refuse(e: OSError) -> None:
         raise InputError(f"{e.filename}: cannot be read ({reason(e)})") from e
 
@@ -204,6 +210,7 @@ def _below(folder: str, wanted: Any) -> list[tuple[str, str]]:
 
 
 def _read_files(files: list[tuple[str, str]], field: str, skipped: list[str], alone: bool) -> Iterator[Document]:
+    """The documents of (name, path) files; a file that is no text raises ``InputError`` if it is ``alone``."""
     for name, path in files:
         if name.endswith(".jsonl"):
             yield from _json_lines(name, path, field)
@@ -238,6 +245,7 @@ def _json_lines(name: str, path: str, field: str) -> Iterator[Document]:
 
 
 def _field(line: bytes, field: str, where: str) -> str:
+    """The text in ``field`` of one line of a .jsonl file."""
     wanted = f"{where}: wanted a JSON object with a text in field {field!r}, got"
     try:
         value = json.loads(line.decode("utf-8-sig"))
@@ -249,6 +257,7 @@ def _field(line: bytes, field: str, where: str) -> str:
 
 
 def _checked_text(row: dict[str, Any], field: str, wanted: str) -> str:
+    """The text in ``field`` of a row; ``wanted`` begins the message of the ``InputError`` for anything else."""
     text = row.get(field)
     if field not in row:
         raise InputError(f"{wanted} the fields {list(row)[:8]}")
@@ -271,6 +280,7 @@ def _topics() -> Iterator[Document]:
 
 
 def _data_set(source: str, field: str) -> Iterator[Document]:
+    """One document for each row of a data set of the package ``datasets``."""
     path, _, split = source.removeprefix("hf:").partition(":")
     parts = path.split("/")
     if not all(parts) or len(parts) > 3:

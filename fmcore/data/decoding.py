@@ -14,7 +14,7 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 
 
 def joined(table: Sequence[bytes], ids: Iterable[int] | np.ndarray) -> bytes:
-    """What `ids` stand for, one after the other; ids out of range give U+FFFD."""
+    """The bytes that ``ids`` stand for, one after the other; ids out of range give U+FFFD."""
     numbers = ids.tolist() if isinstance(ids, np.ndarray) else ids
     return b"".join(table[i] if 0 <= i < len(table) else UNKNOWN.encode() for i in numbers)
 
@@ -22,7 +22,7 @@ def joined(table: Sequence[bytes], ids: Iterable[int] | np.ndarray) -> bytes:
 class StreamDecoder:
     """Text as it grows: bytes of an incomplete UTF-8 character are held back until the rest comes.
 
-    What `push` returned, joined, followed by `finish`, equals `tokenizer.decode` of all ids.
+    What ``push`` returned, joined, followed by ``finish``, equals ``tokenizer.decode`` of all ids.
     """
 
     def __init__(self, tokenizer: "Tokenizer"):
@@ -32,7 +32,7 @@ class StreamDecoder:
         self._held: list[int] = []
 
     def push(self, ids: int | Iterable[int] | np.ndarray) -> str:
-        """The text that became certain with `ids` (one id or several)."""
+        """The text that became certain with ``ids`` (one id or several)."""
         new = [int(ids)] if isinstance(ids, (int, np.integer)) else [int(i) for i in ids]
         if self._tokenizer.table is not None:
             return self._utf8.decode(joined(self._tokenizer.table, new))

@@ -2,9 +2,9 @@
 
     row i: tokens = stream[s : s+T]   targets = stream[s+1 : s+T+1]   s = shift(seed, epoch) + T * order(seed, epoch)[i]
 
-A document (a segment) starts at every `end` in the inputs and at every row start; `positions` count from there and
-`cu_seqlens` holds where segments start in the flattened rows. The target after the last token of a document is the next
-`end`, so none crosses a boundary and none is wasted.
+A document (a segment) starts at every ``end`` in the inputs and at every row start; ``positions`` count from there and
+``cu_seqlens`` holds where segments start in the flattened rows. The target after the last token of a document is the
+next ``end``, so no target crosses a boundary and none is wasted.
 """
 
 import hashlib
@@ -20,15 +20,17 @@ from torch import Tensor
 from fmcore.data.shards import Shard
 from fmcore.errors import InputError
 
+# The target that does not train, as PyTorch has it.
 IGNORE = -100
+# Of the Feistel network that shuffles.
 ROUNDS = 6
 
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens, targets, positions (B, T) int64; cu_seqlens (S+1,) int32, always on the CPU.
+    """Rows of packed documents: tokens, targets, positions (B, T) int64; cu_seqlens (S+1,) int32, always on the CPU.
 
-    Targets of -100 do not train; `n_targets` counts the others.
+    Targets of -100 do not train; ``n_targets`` counts the others.
     """
 
     tokens: Tensor
@@ -38,7 +40,7 @@ class Batch:
     n_targets: int
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on `device`; `cu_seqlens` stays, so that launch sizes are known without a sync."""
+        """The batch on ``device``; ``cu_seqlens`` stays, so that launch sizes are known without a synchronisation."""
         return replace(
             self,
             **{name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "targets", "positions")},
@@ -46,7 +48,10 @@ class Batch:
 
 
 def pack(rows: np.ndarray, end: int, ignore_from: int | None = None) -> Batch:
-    """The batch of `rows` (B, T+1) int64; targets from index `ignore_from` on, of the flattened B*T, do not train."""
+    """The batch of ``rows`` (B, T+1) int64, whose documents are told apart by the separator ``end``.
+
+    Of the B * T flattened targets, those from index ``ignore_from`` on do not train.
+    """
     B, T = rows.shape[0], rows.shape[1] - 1
     # Copies, not ascontiguousarray: one row is contiguous as it is, and both would share its memory.
     tokens, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
@@ -66,7 +71,7 @@ def pack(rows: np.ndarray, end: int, ignore_from: int | None = None) -> Batch:
 
 
 def check_vocab(shard: Shard, vocab_size: int) -> None:
-    """Raises InputError when the shard holds an id that a model of `vocab_size` has no row for."""
+    """``InputError`` when the shard holds an id that a model of ``vocab_size`` has no embedding for."""
     if shard.max_token >= vocab_size:
         raise InputError(
             f"{shard.path}: wanted ids below the model's vocabulary {vocab_size}, got ids up to "
@@ -124,7 +129,7 @@ class Loader:
         return self.rows // self.rows_per_epoch
 
     def next_batch(self) -> Batch:
-        """The next `batch_size` rows of this rank; ranks of one world take disjoint rows of the same order."""
+        """The next ``batch_size`` rows of this rank; ranks of one world take disjoint rows of the same order."""
         first = self.rows + self.rank * self.batch_size
         self.rows += self.world * self.batch_size
         rows = np.empty((self.batch_size, self.seq_len + 1), np.int64)
@@ -133,7 +138,7 @@ class Loader:
         return pack(rows, self.shards[0].end)
 
     def _windows(self, first: int) -> Iterator[tuple[Shard, int]]:
-        """The shard and the first token of each row from `first` on, `batch_size` of them."""
+        """The shard and the first token of each row from ``first`` on, ``batch_size`` of them."""
         epoch, last = first // self.rows_per_epoch, first + self.batch_size
         while first < last:
             stop = min(last, (epoch + 1) * self.rows_per_epoch)
@@ -145,6 +150,7 @@ class Loader:
             epoch, first = epoch + 1, stop
 
     def _data(self) -> dict[str, Any]:
+        """What decides which rows there are and their order."""
         return {
             "shards": [shard.sha256 for shard in self.shards],
             "tokenizer": self.shards[0].fingerprint,
@@ -157,7 +163,7 @@ class Loader:
         return {"rows": self.rows, "data": self._data()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`. Raises InputError when it belongs to other data, another seed or another T."""
+        """Go on from ``state``. ``InputError`` when it belongs to other data, another seed or another ``seq_len``."""
         rows, data = (state.get("rows"), state.get("data")) if isinstance(state, dict) else (None, None)
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0 or not isinstance(data, dict):
             raise InputError(
@@ -173,10 +179,10 @@ class Loader:
 
 
 def held_out_batches(shard: Shard, batch_size: int, seq_len: int, max_tokens: int | None = None) -> Iterator[Batch]:
-    """Windows over the shard in order, every target once; what is missing of the last batch has targets of -100.
+    """Windows over the shard in order, every target once; the last batch is filled up with targets of -100.
 
-    With `max_tokens`, as many whole windows as it allows (at least one), spread evenly so that all parts of the shard
-    are heard. A shard shorter than one window is padded.
+    With ``max_tokens``, as many whole windows as it allows (at least one), spread evenly so that every part of the
+    shard counts. A shard shorter than one window is padded.
     """
     if batch_size < 1 or seq_len < 1 or (max_tokens is not None and max_tokens < 1):
         raise InputError(
@@ -194,6 +200,7 @@ def held_out_batches(shard: Shard, batch_size: int, seq_len: int, max_tokens: in
 
 
 def _in_order(shard: Shard, batch_size: int, seq_len: int, starts: np.ndarray) -> Iterator[Batch]:
+    """The windows from ``starts`` on, ``batch_size`` to a batch; what is missing of the last one is padding."""
     # Padding is one segment: a separator that opens it, then any other id.
     filler = 1 if shard.end == 0 else 0
     for first in range(0, len(starts), batch_size):
@@ -208,7 +215,7 @@ def _in_order(shard: Shard, batch_size: int, seq_len: int, starts: np.ndarray) -
 
 
 def shuffled(i: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a permutation of [0, n) that `key` chooses sends each of `i` (k,) int64, in O(k) time and memory.
+    """Where a permutation of [0, n), chosen by ``key``, sends each of ``i`` (k,) int64; O(k) time and memory.
 
     A Feistel network on pairs (left, right) below (a, b), a*b >= n, added modulo a and b; what lands beyond n goes
     through it again. Source: Black & Rogaway 2002, Ciphers with Arbitrary Finite Domains.
@@ -228,7 +235,7 @@ def shuffled(i: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 def _mixed(x: np.ndarray, key: int) -> np.ndarray:
-    """64 mixed bits of each x; the steps of splitmix64 (Steele et al. 2014)."""
+    """64 well-mixed bits of each x, by the steps of splitmix64 (Steele et al. 2014)."""
     x = x + np.uint64(key * 0x9E3779B97F4A7C15 % (1 << 64))
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -236,7 +243,7 @@ def _mixed(x: np.ndarray, key: int) -> np.ndarray:
 
 
 def _key(seed: int, epoch: int) -> tuple[int, int, int]:
-    """Three 64-bit numbers of (seed, epoch): one for the order, two for the shifts."""
+    """Three 64-bit numbers that depend on (seed, epoch): one for the order, two for the shifts."""
     digest = hashlib.sha256(f"fmcore loader {seed} {epoch}".encode()).digest()
     order, shift, step = (int.from_bytes(digest[8 * n : 8 * n + 8], "big") for n in range(3))
     return order, shift, step

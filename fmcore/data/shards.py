@@ -2,7 +2,7 @@
 
     header (256 bytes) | ids (count,) uint16 or uint32, little endian          stream: end d1 end d2 ... dn end
 
-One `end` stands in front of every document and one closes the file, so that the stop of the last document is trained
+One ``end`` stands in front of every document and one closes the file, so that the stop of the last document is trained
 too. Header, little endian: magic, version, bytes per id, count, vocabulary size, largest id, end id, bytes of source
 text, documents, sha256 of the ids, fingerprint of the tokenizer, sha256 of the header up to here, zeros.
 """
@@ -38,7 +38,7 @@ CHUNK = 8 << 20
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """An open shard. `tokens` (count,) is mapped read-only; `fingerprint` and `sha256` are hex."""
+    """An open shard. ``tokens`` (count,) is mapped read-only; ``fingerprint`` and ``sha256`` are hex."""
 
     path: Path
     tokens: np.ndarray
@@ -55,9 +55,9 @@ class Shard:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: bool = True) -> "Shard":
-        """Checks header and size; with `verify` also reads all ids: sha256, range, separators.
+        """Open a shard after checking its header and size; with ``verify`` also all ids: sha256, range, separators.
 
-        Raises InputError for a file that is missing, foreign, truncated, of another version or damaged.
+        Raises ``InputError`` for a file that is missing, foreign, truncated, of another version or damaged.
         """
         path = Path(path)
         try:
@@ -73,6 +73,7 @@ class Shard:
 
     @classmethod
     def _from_header(cls, path: Path, header: bytes, size: int) -> "Shard":
+        """The shard that a header speaks of. ``InputError`` if header and size of the file contradict."""
         if header[: len(MAGIC)] != MAGIC:
             raise InputError(f"{path}: wanted a token shard (first bytes {MAGIC!r}), got {header[: len(MAGIC)]!r}")
         if len(header) < HEADER_BYTES:
@@ -97,6 +98,7 @@ class Shard:
         return cls(path, tokens, vocab_size, max_token, end, text_bytes, documents, sha256.hex(), fingerprint.hex())
 
     def _verify(self) -> None:
+        """``InputError`` unless the ids are those that the header speaks of."""
         digest, largest, ends = hashlib.sha256(), 0, 0
         for start in range(0, len(self), CHUNK):
             chunk = self.tokens[start : start + CHUNK]
@@ -114,7 +116,7 @@ class Shard:
             raise InputError(f"{self.path}: wanted {self.documents} documents between separators, got {ends} of those")
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises InputError when the shard was made with another tokenizer."""
+        """``InputError`` when the shard was made with another tokenizer."""
         if self.fingerprint != tokenizer.fingerprint():
             raise InputError(
                 f"{self.path}: wanted ids of the tokenizer {tokenizer.fingerprint()[:12]} (vocabulary "
@@ -124,9 +126,9 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes a shard as documents come: into a file beside `path`, which takes its place when all is on the disk.
+    """Writes a shard as documents come, into a file beside ``path`` that takes its name when all is on the disk.
 
-    A context manager; when its block raises, nothing is left. Raises InputError when the disk refuses.
+    A context manager; when its block raises, nothing is left. Raises ``InputError`` when the disk refuses.
     """
 
     def __init__(self, path: str | os.PathLike[str], tokenizer: Tokenizer):
@@ -152,7 +154,7 @@ class ShardWriter:
     def add(self, tokens: np.ndarray, text_bytes: int | None = None) -> None:
         """Append one document (n,), without separators; an empty one is left out.
 
-        `text_bytes` is the size of its text in UTF-8; by default what `tokenizer.token_bytes` makes of it.
+        ``text_bytes`` is the size of its text in UTF-8; by default what ``tokenizer.token_bytes`` makes of it.
         """
         if not len(tokens):
             return
@@ -193,6 +195,7 @@ class ShardWriter:
         self.count += len(ids)
 
     def _finish(self) -> None:
+        """Write the last separator and the header, sync, and take the place of ``path``."""
         if not self.documents:
             raise InputError(f"{self.path}: wanted at least one document that is not empty, got none")
         self._write(self._end)
@@ -218,6 +221,7 @@ class ShardWriter:
         os.replace(self._beside, self.path)
 
     def _discard(self) -> None:
+        """Close and remove the file beside ``path``, if it is still there."""
         # Closing flushes, which fails again on a full disk; the file is closed and goes away all the same.
         with suppress(OSError):
             self._file.close()
@@ -229,7 +233,7 @@ class ShardWriter:
 
 
 def write_shard(path: str | os.PathLike[str], documents: Iterable[np.ndarray], tokenizer: Tokenizer) -> None:
-    """A shard of `documents`, arrays of ids (n,) without separators, taken one at a time."""
+    """Write a shard of ``documents``, arrays of ids (n,) without separators, which are taken one at a time."""
     with ShardWriter(path, tokenizer) as writer:
         for tokens in documents:
             writer.add(tokens)
@@ -243,10 +247,11 @@ def build_shards(
     progress: Callable[[int, int], None] | None = None,
     field: str = "text",
 ) -> tuple[Shard, Shard]:
-    """Training and held-out shards of `source` (see `read_documents`), in `folder`.
+    """Training and held-out shards of ``source`` (see ``read_documents``), in ``folder``.
 
     Shards that are there and were made from the same source with the same tokenizer and fraction are used again. A
-    `source` that is itself a folder of shards is opened as it is. `progress(done, all)` is told bytes of text.
+    ``source`` that is itself a folder of shards is opened as it is. ``progress(done, total)`` is called with bytes of
+    text.
     """
     if (Path(source) / RECORD).is_file():
         return open_shards(source, tokenizer)
@@ -269,7 +274,7 @@ def build_shards(
 
 
 def open_shards(folder: str | os.PathLike[str], tokenizer: Tokenizer, verify: bool = True) -> tuple[Shard, Shard]:
-    """The training and held-out shards of a folder, made with `tokenizer`."""
+    """The training and held-out shards of a folder. ``InputError`` when another tokenizer than this made them."""
     shards = Shard.open(Path(folder) / TRAIN, verify), Shard.open(Path(folder) / HELD_OUT, verify)
     for shard in shards:
         shard.check_tokenizer(tokenizer)
@@ -282,7 +287,7 @@ def _sealed(fields: bytes) -> bytes:
 
 
 def _matching(folder: Path, wanted: dict[str, Any]) -> tuple[Shard, Shard] | None:
-    """The shards of `folder` when its record says what is wanted and they are whole."""
+    """The shards of ``folder`` if its record says what is wanted and they are whole, else ``None``."""
     try:
         record = read_json(folder / RECORD)
         if any(record.get(key) != value for key, value in wanted.items()):
@@ -296,7 +301,7 @@ def _matching(folder: Path, wanted: dict[str, Any]) -> tuple[Shard, Shard] | Non
 def _encode(
     source: str, tokenizer: Tokenizer, folder: Path, held_out: float, progress: Callable[[int, int], None], field: str
 ) -> int:
-    """Writes both shards in a second pass over the documents; returns how many files were no text."""
+    """Write both shards in a second pass over the documents; returns how many files were no text."""
     split = plan_split(read_documents(source, field), held_out)
     skipped: list[str] = []
     done = 0
@@ -319,6 +324,7 @@ def _encode(
 
 
 def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """The documents in lists of about ``GROUP_BYTES`` of text."""
     group: list[Document] = []
     size = 0
     for document in documents:

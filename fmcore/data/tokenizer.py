@@ -1,9 +1,9 @@
-"""Text to token ids and back: bytes (no dependency) or byte-level BPE through Hugging Face `tokenizers` (an extra).
+"""Text to token ids and back: bytes (no dependency) or byte-level BPE through Hugging Face ``tokenizers`` (an extra).
 
     encode(text) -> ids (n,) uint16 when vocab_size <= 65536 else uint32          decode(encode(text)) == text
 
-Every tokenizer has one separator token, `end`, that stands between documents and for no text. `encode` never yields it:
-text that happens to spell a special token is encoded as ordinary text.
+Every tokenizer has one separator token, ``end``, that stands between documents and for no text. ``encode`` never yields
+it: text that happens to spell a special token is encoded as ordinary text.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n
 class Tokenizer(ABC):
     """What the rest of fmcore knows of a tokenizer.
 
-    `vocab_size` is the largest id + 1, `end` the id of the separator, `table` the bytes of each id when the tokenizer
-    is byte-level, else None.
+    ``vocab_size`` is the largest id + 1, ``end`` the id of the separator, ``table`` the bytes of each id when the
+    tokenizer is byte-level, else ``None``.
     """
 
     vocab_size: int
@@ -49,15 +49,15 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """Ids (n,) of `text`, without `end`. InputError when the text holds a lone surrogate (not valid Unicode)."""
+        """Ids (n,) of ``text``, without ``end``. ``InputError`` for a lone surrogate, which is not valid Unicode."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text."""
+        """``encode`` of each text."""
         return [self.encode(text) for text in texts]
 
     @abstractmethod
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """The text of `ids`: `end` gives none, bytes that are no UTF-8 and ids out of range give U+FFFD."""
+        """The text of ``ids``: ``end`` gives none, bytes that are no UTF-8 and ids out of range give U+FFFD."""
 
     def stream(self) -> StreamDecoder:
         """A decoder that is fed ids as they are sampled."""
@@ -65,7 +65,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int32: bytes of UTF-8 text each id stands for; 0 for `end`. Exact for byte-level tokenizers."""
+        """Bytes of UTF-8 text that each id stands for, (vocab_size,) int32; 0 for ``end``.
+
+        Exact for byte-level tokenizers.
+        """
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -73,11 +76,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write into `folder` what `load_tokenizer(folder)` reads; returns the path of the fmcore form."""
+        """Write into ``folder`` what ``load_tokenizer(folder)`` reads; returns the path of the fmcore form."""
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are bytes of UTF-8, 256 is the separator. Needs nothing and fits any text."""
+    """Ids 0 to 255 are bytes of UTF-8, 256 is the separator. Needs no training and no package, and fits any text."""
 
     vocab_size = 257
     end = 256
@@ -100,10 +103,10 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """A Hugging Face tokenizer (`tokenizers.Tokenizer`), by default byte-level BPE trained here.
+    """A Hugging Face tokenizer (``tokenizers.Tokenizer``), by default byte-level BPE trained here.
 
-    Texts of tokenizers that are not byte-level (SentencePiece style, WordPiece) may come back changed (spaces,
-    normal form); `token_bytes` is then the length of each token's own text, right up to such changes.
+    A tokenizer that is not byte-level (SentencePiece style, WordPiece) may change spaces and normal form, so text may
+    not come back as it was; ``token_bytes`` is then the length of each token's own text, exact but for such changes.
     """
 
     def __init__(self, hf: Any, end: str | None = None, name: str = "tokenizer"):
@@ -126,7 +129,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Byte-level BPE with at most `vocab_size` ids (fewer when the texts have no more pairs); deterministic."""
+        """Byte-level BPE with at most ``vocab_size`` ids (fewer when the texts have no more pairs); deterministic."""
         if vocab_size < 257:
             raise InputError(
                 f"BPETokenizer.train: vocab_size must be at least 257 (256 bytes and {END}), got {vocab_size}"
@@ -149,9 +152,9 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_json(cls, definition: dict[str, Any], end: str | None = None, name: str = HF_FORM) -> "BPETokenizer":
-        """What any `tokenizer.json` holds; `end` names its separator, otherwise the usual names are looked for."""
+        """What any ``tokenizer.json`` holds; ``end`` names its separator, otherwise the usual names are looked for."""
         lib = _tokenizers()
-        # `tokenizers` raises bare Exception for a definition it does not take.
+        # ``tokenizers`` raises bare Exception for a definition it does not take.
         try:
             return cls(lib.Tokenizer.from_str(json.dumps(definition)), end, name)
         except InputError:
@@ -162,6 +165,7 @@ class BPETokenizer(Tokenizer):
             ) from e
 
     def _table(self) -> tuple[bytes, ...] | None:
+        """The bytes of each id (vocab_size,), ``None`` when the tokenizer is not byte-level."""
         decoder = json.loads(self.hf.to_str()).get("decoder") or {}
         stages = {stage.get("type") for stage in (decoder, *decoder.get("decoders", ()))}
         vocab = self.hf.get_vocab(with_added_tokens=True)
@@ -180,7 +184,7 @@ class BPETokenizer(Tokenizer):
         return np.array(self.hf.encode(text, add_special_tokens=False).ids, self.dtype)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text, on all cores."""
+        """``encode`` of each text, on all cores."""
         for text in texts:
             _utf8(text)
         encoded = self.hf.encode_batch(list(texts), add_special_tokens=False)
@@ -230,9 +234,10 @@ class BPETokenizer(Tokenizer):
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str], end: str | None = None) -> Tokenizer:
-    """ "byte", a `tokenizer.json`, or a folder that holds what `save` wrote or a `tokenizer.json`.
+    """The tokenizer "byte", that of a ``tokenizer.json``, or that of a folder with one or with what ``save`` wrote.
 
-    Raises InputError when there is none, or when it is not the one that was saved.
+    ``end`` names another separator than the saved or usual one. Raises ``InputError`` when there is no tokenizer, or
+    when it is not the one that was saved.
     """
     if name_or_path == "byte":
         return ByteTokenizer()
@@ -267,8 +272,11 @@ def load_tokenizer(name_or_path: str | os.PathLike[str], end: str | None = None)
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level vocabularies: itself where it is printable
-    Latin-1, otherwise the next free one from U+0100 on. Source: Radford et al. 2019 (GPT-2)."""
+    """The byte behind each printable character of a byte-level vocabulary.
+
+    Printable Latin-1 stands for itself, every other byte for the next free character from U+0100 on. Source: Radford et
+    al. 2019 (GPT-2).
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
@@ -278,6 +286,7 @@ _BYTE_OF = _byte_alphabet()
 
 
 def _utf8(text: str) -> bytes:
+    """``text`` in UTF-8. ``InputError`` for a lone surrogate, which has none."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as e:
@@ -287,6 +296,7 @@ def _utf8(text: str) -> bytes:
 
 
 def _find_end(hf: Any, end: str | None, name: str) -> str:
+    """The separator's text: ``end``, or the first usual name that is in the vocabulary. ``InputError`` for none."""
     wanted = USUAL_ENDS if end is None else (end,)
     for token in wanted:
         if hf.token_to_id(token) is not None:
@@ -296,7 +306,7 @@ def _find_end(hf: Any, end: str | None, name: str) -> str:
 
 
 def _without_defaults(value: Any) -> Any:
-    """Fields that are null, false or empty left out: library versions differ in which of them they write."""
+    """``value`` less the fields that are null, false or empty: library versions differ in which of those they write."""
     if isinstance(value, dict):
         return {key: _without_defaults(v) for key, v in value.items() if v is not None and v is not False and v != ""}
     return [_without_defaults(v) for v in value] if isinstance(value, list) else value

@@ -32,7 +32,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """What a decoder is. Sizes are counts of elements; the defaults make a Llama-like block."""
+    """The architecture of a decoder. Sizes are in elements; the defaults make a Llama-like block."""
 
     vocab_size: int
     layers: int
@@ -79,10 +79,12 @@ class Config:
 
     @property
     def G(self) -> int:
+        """Key and value heads."""
         return self.kv_heads or self.heads
 
     @property
     def D(self) -> int:
+        """Size of a head."""
         return self.head_dim or self.width // self.heads
 
 
@@ -122,7 +124,8 @@ def _llama3(layers: int, width: int, heads: int, ffn: int, factor: float, tied: 
 
 
 PRESETS: dict[str, Config] = {
-    "demo": Config(vocab_size=257, layers=4, width=192, heads=6, ffn=512, context=256, tied=True),
+    # Width, rate and initial size were chosen by what 150 s on two CPU cores learn: LOG.md.
+    "demo": Config(vocab_size=257, layers=4, width=128, heads=4, ffn=352, context=256, tied=True, init_std=0.04),
     "demo-gpu": Config(vocab_size=4096, layers=8, width=512, heads=8, ffn=1408, context=512, tied=True),
     "gpt2-124m": _gpt2(12, 768, 12),
     "gpt2-350m": _gpt2(24, 1024, 16),
@@ -146,7 +149,7 @@ PRESETS: dict[str, Config] = {
 
 
 class Cache:
-    """Keys and values of what each sequence has read so far, room for ``size`` tokens in each of B sequences."""
+    """Keys and values of what each of B sequences has read so far, with room for ``size`` tokens in each."""
 
     def __init__(self, config: Config, B: int, size: int, device: torch.device | str, dtype: torch.dtype):
         shape = (config.layers, B, size, config.G, config.D)
@@ -156,7 +159,11 @@ class Cache:
         self.longest = 0  # no sequence is longer: a number of the host, so that slicing needs no synchronisation
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Put k, v (B, T, G, D) behind what is there; all keys and values up to the longest, and how many count."""
+        """Put ``k``, ``v`` (B, T, G, D) of a layer behind what is there.
+
+        Returns all keys and values of the layer up to the longest sequence, and how many of them count in each sequence
+        (B,); ``None`` there means all.
+        """
         B, T = k.shape[:2]
         if not self.longest:
             self.k[layer, :, :T], self.v[layer, :, :T] = k, v
@@ -168,6 +175,7 @@ class Cache:
         return self.k[layer, :, :end], self.v[layer, :, :end], self.lens + T
 
     def advance(self, T: int) -> None:
+        """Count the T tokens that every layer has written."""
         self.lens += T
         self.longest += T
 
@@ -212,6 +220,7 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None,
         cache: Cache | None,
     ) -> Tensor:
+        """The attention half of the layer, for ``x`` (M, C) of B rows that is already normed."""
         H, G, D = self.config.heads, self.config.G, self.config.D
         q, k, v = self.qkv(x).unflatten(-1, (H + 2 * G, D)).split((H, G, G), dim=1)  # (M, H, D), (M, G, D), (M, G, D)
         if self.config.qk_norm:
@@ -226,7 +235,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The model of a Config, with fresh weights.
+    """The model of a ``Config``, with fresh weights.
 
     ``embed`` (V, C), ``pos`` (context, C) for learned positions, ``layers``, ``norm``, ``head`` (V, C) unless tied.
     """
@@ -259,10 +268,14 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
+        """Weights of the output layer (V, C); the embedding when they are tied."""
         return self.embed.weight if self.config.tied else self.head.weight
 
     def angles(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """cos and sin for positions below ``length`` at least; made once, larger when asked for more."""
+        """cos and sin for at least the positions below ``length``, ``None`` without rope.
+
+        Tables are kept for each device, and made anew, at least twice as long, when they are too short.
+        """
         if self.config.positions != "rope":
             return None
         have, tables = self._angles.get(device, (0, None))
@@ -281,14 +294,14 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Tokens (B, T) to the normed last states (B, T, C).
+        """The last hidden states (B, T, C) of ``tokens`` (B, T), after the final norm.
 
         Args:
             positions: (B, T) position of each token in its document; by default 0..T-1, or after what the cache holds.
             cu_seqlens: (S+1,) int32 on the CPU, where documents start in the B * T tokens; every row starts one.
             cache: read and extended; then ``cu_seqlens`` must be None.
 
-        Raises ValueError when tokens are longer than the context or than the cache has room for.
+        Raises ``ValueError`` when tokens are longer than the context or than the cache has room for.
         """
         B, T = tokens.shape
         length = T + (cache.longest if cache is not None else 0)
@@ -330,10 +343,14 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         reduction: str = "mean",
     ) -> Tensor:
-        """Cross-entropy in nats of targets (B, T), -100 where there is none; the logits never exist as a whole."""
+        """Cross-entropy in nats of ``targets`` (B, T), which are -100 where there is none.
+
+        ``reduction`` is that of ``ops.linear_cross_entropy``, the other arguments are those of ``hidden``. The logits
+        never exist as a whole.
+        """
         h = self.hidden(tokens, positions, cu_seqlens).flatten(0, 1)
         return ops.linear_cross_entropy(h, self.head_weight, targets.reshape(-1), reduction=reduction)
 
     def linears(self) -> Iterator[tuple[str, nn.Linear]]:
-        """Name and module of every linear layer inside the blocks, as adapters address them."""
+        """Name and module of every linear layer inside the blocks; the head is not one of them."""
         return ((f"layers.{name}", m) for name, m in self.layers.named_modules() if isinstance(m, nn.Linear))

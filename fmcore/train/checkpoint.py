@@ -60,7 +60,7 @@ class Checkpoint:
 
 
 def rng_state(generators: Mapping[str, torch.Generator] | None = None) -> dict[str, torch.Tensor]:
-    """States of torch's own generators and of named ones, as uint8 tensors to store beside the optimizer's."""
+    """The states of torch's own generators and of ``generators``, as uint8 tensors to store with the optimizer's."""
     state = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state |= {f"rng.cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
@@ -68,7 +68,10 @@ def rng_state(generators: Mapping[str, torch.Generator] | None = None) -> dict[s
 
 
 def set_rng_state(tensors: Mapping[str, torch.Tensor], generators: Mapping[str, torch.Generator] | None = None) -> None:
-    """Undo ``rng_state``; tensors with other names are ignored, as are devices that this machine lacks."""
+    """Put back what ``rng_state`` returned; other tensors are ignored, as are devices that this machine lacks.
+
+    Raises ``InputError`` for a state that is missing or damaged.
+    """
     wanted = {"rng.cpu": torch.default_generator}
     if torch.cuda.is_available():
         # Only then are there generators to set.
@@ -139,7 +142,7 @@ def save_checkpoint(
 
 
 def _untie(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """One piece of memory under several names: the first name keeps it, the others go into ``tied``."""
+    """The tensors without those that share memory, and for each of those the name that kept the memory."""
     kept: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[Any, str] = {}
@@ -153,6 +156,7 @@ def _untie(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
 
 
 def _save_tokenizer(tokenizer: Any, tmp: Path) -> dict[str, dict[str, Any]]:
+    """Save into ``tmp/tokenizer`` and sync; returns the manifest's entries for its files."""
     folder = tmp / "tokenizer"
     folder.mkdir(exist_ok=True)
     tokenizer.save(folder)
@@ -169,7 +173,7 @@ def _save_tokenizer(tokenizer: Any, tmp: Path) -> dict[str, dict[str, Any]]:
 
 
 def _commit(tmp: Path, final: Path) -> None:
-    """Rename; an older checkpoint of the same step steps back first, under a name that loading still knows."""
+    """Rename ``tmp`` to ``final``; a checkpoint that is there steps aside first, under a name that loading knows."""
     replaced = final.with_name(f"{final.name}.replaced")
     if final.exists():
         if replaced.exists():
@@ -185,7 +189,7 @@ def _commit(tmp: Path, final: Path) -> None:
 
 
 def _tidy(folder: Path, step: int, keep: int) -> None:
-    """After a save: put later steps aside, remove what is too old. The checkpoint just written always stays."""
+    """After a save: put later steps aside and remove what is too old. The checkpoint just written always stays."""
     try:
         older = []
         for path in checkpoints(folder.parent):
@@ -205,14 +209,14 @@ def _tidy(folder: Path, step: int, keep: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Rename first, so that a kill in between never leaves half a checkpoint under a good name."""
+    """Remove a checkpoint, renamed first: a kill in between leaves no half of one under a good name."""
     doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed process left. Before a save, because it may be the space that the save needs."""
+    """Remove what a killed process left; before a save, which may need the space."""
     for path in folder.iterdir():
         if re.fullmatch(r"step-[0-9]+(\.replaced)?\.tmp-[0-9]+", path.name):
             shutil.rmtree(path)
@@ -249,6 +253,7 @@ def load_checkpoint(path: Path | str, verify: bool = True, optimizer: bool = Tru
 
 
 def _load(folder: Path, verify: bool, optimizer: bool) -> Checkpoint:
+    """One checkpoint folder. ``InputError`` unless all of it is there and whole."""
     if not folder.is_dir():
         raise InputError(f"{folder}: wanted a checkpoint folder, found none")
     manifest = _read_manifest(folder)
@@ -273,6 +278,7 @@ def _load(folder: Path, verify: bool, optimizer: bool) -> Checkpoint:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, checked field by field."""
     path = folder / "manifest.json"
     manifest = read_json(path)
     digest = manifest.pop("sha256", None)
@@ -294,6 +300,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check_file(path: Path, entry: dict[str, Any], verify: bool) -> None:
+    """``InputError`` unless the file has the size, and if ``verify`` the sha256, of its manifest entry."""
     size = file_size(path)
     if size != entry["bytes"]:
         raise InputError(f"{path}: wanted {short(entry['bytes'])} bytes, got {size}: truncated or replaced")

@@ -9,8 +9,9 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +26,11 @@ from fmcore.models.decoder import Decoder
 from fmcore.optim import AdamW, decay_groups
 from fmcore.train.checkpoint import Checkpoint, rng_state, save_checkpoint, set_rng_state
 from fmcore.train.metrics import Meter, MetricsLog, peak_flops, step_flops
-from fmcore.train.progress import Bar
+from fmcore.train.progress import Bar, headline, scalars, tensorboard
 from fmcore.train.schedule import Kind, Schedule
+
+# Steps between looks at the loss. A GPU is asked for its numbers every tenth step only: asking means waiting for it.
+LOG_EVERY = {"cpu": 1}
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class TrainOptions:
 
     @property
     def plan(self) -> Schedule:
+        """How the learning rate moves over the run."""
         warmup = self.steps // 20 if self.warmup is None else self.warmup
         return Schedule(self.schedule, warmup, self.min_ratio, self.decay_fraction)
 
@@ -88,30 +93,12 @@ class Outcome:
 
 
 class Interrupted(Exception):
-    """Somebody asked to stop; everything is saved. ``code`` is the exit code that the signal stands for."""
+    """Somebody asked to stop. ``code`` is the exit code that the signal stands for."""
 
-    def __init__(self, run: Path, step: int, signum: int):
-        super().__init__(f"stopped after step {step}, saved in {run}")
+    def __init__(self, run: Path, step: int, signum: int, saved: bool = True):
+        kept = f"saved in {run}" if saved else f"not saved; what {run} held before is untouched"
+        super().__init__(f"stopped after step {step}, {kept}")
         self.run, self.step, self.code = run, step, 128 + signum
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one. ``InputError`` if it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"train: device must be one of this machine's, got {name!r} ({str(e).splitlines()[0]})") from e
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is bfloat16 on a GPU and float32 elsewhere."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 @contextmanager
@@ -137,7 +124,7 @@ def catch_signals() -> Iterator[list[int]]:
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint of this model has to hold: everything, or only what trains when the base is frozen."""
+    """What a checkpoint of this model has to hold: everything, or when the base is frozen only what trains."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     return {name: t for name, t in model.state_dict().items() if name not in frozen}
 
@@ -156,6 +143,37 @@ def restore(model: torch.nn.Module, optimizer: AdamW, loader: Loader, checkpoint
     optimizer.load_tensors(dict(model.named_parameters()), checkpoint.optimizer)
     loader.load_state_dict(checkpoint.state["loader"])
     set_rng_state(checkpoint.optimizer)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did. Nobody has waited for its tensors yet."""
+
+    loss: Tensor  # nats per target, over all batches of the step
+    grad_norm: Tensor  # before clipping
+    lr: float
+    targets: int  # trained on
+    segments: list[int]  # lengths of the documents in its rows, in tokens
+
+
+def take_step(model: Decoder, loader: Loader, optimizer: AdamW, options: TrainOptions, step: int) -> Step:
+    """Draw the batches of step number ``step`` (0-based), sum their gradients, clip, and change the weights."""
+    batches = [loader.next_batch() for _ in range(options.accumulate)]
+    targets = sum(batch.n_targets for batch in batches)
+    device = next(model.parameters()).device
+    loss = torch.zeros((), device=device)
+    for batch in batches:
+        on = batch.to(device)
+        part = model.loss(on.tokens, on.targets, on.positions, on.cu_seqlens, reduction="sum") / targets
+        part.backward()
+        loss += part.detach()
+    lr = options.lr * options.plan.scale(step, options.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    grad_norm = optimizer.step(clip=options.clip)
+    optimizer.zero_grad(set_to_none=True)
+    segments = [n for batch in batches for n in batch.cu_seqlens.diff().tolist()]
+    return Step(loss, grad_norm, lr, targets, segments)
 
 
 def train(
@@ -185,59 +203,63 @@ def train(
         sample: gives text to show every ``sample_every`` steps.
         resume: continue from here; ``options`` must then be those it was written with, steps excepted.
         state: more JSON to keep in the checkpoint (where the data came from, say).
-        save: write checkpoints.
-        stop_after: leave after this many steps as if that had been the end of the schedule's first part (for tests and
-            for runs that are split on purpose).
+        save: write checkpoints, every ``save_every`` steps and at the end.
+        stop_after: leave after this many steps of this call, while the schedule still spans all of ``options.steps``
+            (for tests, and for runs that are split on purpose).
         quiet: show and log nothing.
 
-    Raises ``Interrupted`` after SIGINT or SIGTERM, with everything saved; ``InputError`` if the loss is not finite.
+    Raises ``Interrupted`` after SIGINT or SIGTERM, with everything saved if ``save``; ``InputError`` if the loss is not
+    finite.
     """
     device = next(model.parameters()).device
     options = replace(options, device=str(device))
     optimizer = AdamW(decay_groups(model, options.weight_decay), lr=options.lr, betas=(options.beta1, options.beta2))
-    frozen = any(not p.requires_grad for p in model.parameters())
-    extra = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2) if frozen else 0
     step, tokens, loss, last_saved = 0, 0, math.nan, None
-    latest: tuple[Tensor, Tensor] | None = None
     if resume is not None:
         restore(model, optimizer, loader, resume)
         step, tokens = resume.step, int(resume.state["tokens"])
+    steps = options.steps if stop_after is None else min(options.steps, step + stop_after)
+    done: Step | None = None
+    frozen = any(not p.requires_grad for p in model.parameters())
+    flops_of = partial(
+        step_flops,
+        model.config,
+        loader.batch_size * options.accumulate,
+        loader.seq_len,
+        trainable="adapter" if frozen else "all",
+        adapter_weights=sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2) if frozen else 0,
+    )
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     meter = Meter(peak=peak, device=device)
-    steps = options.steps if stop_after is None else min(options.steps, step + stop_after)
-    # A GPU is asked for its numbers every tenth step only: asking means waiting for it.
-    log_every = 1 if device.type == "cpu" else 10
-    board = _tensorboard(run) if options.tensorboard else None
+    log_every = LOG_EVERY.get(device.type, 10)
+
+    def due(every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def held_out_bits() -> dict[str, float]:
+        """Bits per byte of each held-out text."""
+        assert held_out is not None and token_bytes is not None
+        return {name: evaluate(model, batches, token_bytes).bits_per_byte for name, batches in held_out.items()}
 
     def write_checkpoint() -> Path:
-        if latest is not None:
-            _finite(latest[0].item(), step, phase)
+        if done is not None:
+            _check_finite(done.loss.item(), step, phase)
             # The loss was taken before the step: a bad gradient has spoiled the weights that would be saved.
-            _finite(latest[1].item(), step, phase, "grad_norm")
-        about = {
-            "phase": phase,
-            "tokens": tokens,
-            "loader": loader.state_dict(),
-            "options": asdict(options),
-            **(state or {}),
-        }
+            _check_finite(done.grad_norm.item(), step, phase, "grad_norm")
+        own = {"phase": phase, "tokens": tokens, "loader": loader.state_dict(), "options": asdict(options)}
         return save_checkpoint(
             run,
             step,
             model=trained_tensors(model),
-            state=about,
+            state={**own, **(state or {})},
             config=asdict(model.config),
             optimizer={**optimizer.tensors(dict(model.named_parameters())), **rng_state()},
             tokenizer=tokenizer,
             keep=options.keep,
         )
 
-    def look() -> dict[str, float]:
-        """Bits per byte of each held-out text."""
-        assert held_out is not None and token_bytes is not None
-        return {name: evaluate(model, batches, token_bytes).bits_per_byte for name, batches in held_out.items()}
-
     with ExitStack() as stack:
+        board = stack.enter_context(closing(tensorboard(run))) if options.tensorboard else None
         log = bar = None
         if not quiet:
             log = stack.enter_context(MetricsLog(run / "metrics.jsonl", (phase, step) if resume is not None else None))
@@ -245,98 +267,50 @@ def train(
         signals = stack.enter_context(catch_signals())
         model.train()
         while step < steps and not signals:
-            batches = [loader.next_batch() for _ in range(options.accumulate)]
-            targets = sum(batch.n_targets for batch in batches)
-            total = torch.zeros((), device=device)
-            for batch in batches:
-                on = batch.to(device)
-                part = model.loss(on.tokens, on.targets, on.positions, on.cu_seqlens, reduction="sum") / targets
-                part.backward()
-                total += part.detach()
-            scale = options.plan.scale(step, options.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * scale
-            norm = optimizer.step(clip=options.clip)
-            latest = total, norm
-            optimizer.zero_grad(set_to_none=True)
-            step, tokens = step + 1, tokens + targets
-            last = step == steps
-            segments = [n for batch in batches for n in batch.cu_seqlens.diff().tolist()]
-            flops = step_flops(
-                model.config,
-                loader.batch_size * options.accumulate,
-                loader.seq_len,
-                segments,
-                trainable="adapter" if frozen else "all",
-                adapter_weights=extra,
-            )
-            if step % log_every == 0 or last:
-                loss = total.item()
-                _finite(loss, step, phase)
+            done = take_step(model, loader, optimizer, options, step)
+            step, tokens = step + 1, tokens + done.targets
+            last, flops = step == steps, flops_of(done.segments)
+            # The clock starts and pauses on steps that were waited for, or it would miss what a GPU has still to do.
+            stops = (log_every, options.eval_every, options.sample_every, options.save_every)
+            if last or meter.skip or any(map(due, stops)):
+                loss = done.loss.item()
+                _check_finite(loss, step, phase)
                 record: dict[str, Any] = {
                     "phase": phase,
                     "step": step,
                     "loss": loss,
-                    "lr": options.lr * scale,
-                    "grad_norm": norm.item(),
+                    "lr": done.lr,
+                    "grad_norm": done.grad_norm.item(),
                     "tokens": tokens,
-                    **meter.step(targets, flops),
+                    **meter.step(done.targets, flops),
                 }
-                if held_out and (last or (options.eval_every and step % options.eval_every == 0)):
+                if held_out and (last or due(options.eval_every)):
                     with meter.pause():
-                        record["bits_per_byte"] = look()
+                        record["bits_per_byte"] = held_out_bits()
                 if log and bar:
                     log.write(record)
-                    bar.update(step, _note(record))
+                    bar.update(step, headline(record))
                 if board:
-                    for name, value in _flat(record):
+                    for name, value in scalars(record):
                         board.add_scalar(f"{phase}/{name}", value, step)
             else:
-                meter.step(targets, flops)
-            if bar and sample is not None and options.sample_every and step % options.sample_every == 0 and not last:
+                meter.step(done.targets, flops)
+            if bar and sample is not None and due(options.sample_every) and not last:
                 with meter.pause():
                     bar.say(f"--- step {step}\n{sample()}\n---")
-            if save and (last or (options.save_every and step % options.save_every == 0)):
+            if save and (last or due(options.save_every)):
                 with meter.pause():
                     last_saved = write_checkpoint()
         if signals and step < steps:
             if save:
                 last_saved = write_checkpoint()
-            raise Interrupted(run, step, signals[0])
-    if board:
-        board.close()
+            raise Interrupted(run, step, signals[0], save)
     return Outcome(step, tokens, loss, meter.summary(), last_saved)
 
 
-def _finite(value: float, step: int, phase: str, name: str = "loss") -> None:
+def _check_finite(value: float, step: int, phase: str, name: str = "loss") -> None:
     if not math.isfinite(value):
         raise InputError(
             f"{phase}: {name} must be finite, got {value} at step {step}; what was saved before is "
             "untouched: resume from there with a lower lr or a lower clip"
         )
-
-
-def _note(record: dict[str, Any]) -> str:
-    parts = [f"loss {record['loss']:.3f}"]
-    if "tokens_per_s" in record:
-        parts.append(f"{record['tokens_per_s']:,.0f} tok/s")
-    if "mfu" in record:
-        parts.append(f"mfu {record['mfu']:.1%}")
-    parts += [f"{name} {bits:.3f} bits/byte" for name, bits in record.get("bits_per_byte", {}).items()]
-    return "  ".join(parts)
-
-
-def _flat(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}/{key}", inner) for key, inner in value.items())
-        elif name not in ("phase", "step"):
-            yield name, value
-
-
-def _tensorboard(run: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
-        raise InputError("train: --tensorboard needs the package tensorboard: pip install 'fmcore[tensorboard]'") from e
-    return SummaryWriter(str(run / "tensorboard"))

@@ -81,10 +81,12 @@ class Flops:
 
     @property
     def exact(self) -> int:
+        """What had to be computed: with visible pairs only."""
         return self.matmul + self.attention
 
     @property
     def full(self) -> int:
+        """By the convention of PaLM: with every token and its whole row."""
         return self.matmul + self.attention_full
 
 
@@ -113,7 +115,7 @@ def step_flops(
     trainable: Literal["all", "adapter"] | None = "all",
     adapter_weights: int = 0,
 ) -> Flops:
-    """FLOPs of one step over ``rows`` sequences of ``length`` tokens.
+    """FLOPs of one step over ``rows`` sequences of ``length`` tokens. ``ValueError`` for segments that do not add up.
 
     Args:
         segments: lengths of the documents inside them, adding up to rows * length; None: one document per row.
@@ -138,7 +140,7 @@ def step_flops(
 
 
 def peak_memory(device: torch.device | str = "cpu") -> float:
-    """GiB at the highest so far: what torch allocated on a GPU, or resident memory of this process."""
+    """The most memory so far, in GiB: what torch allocated on a GPU, else what of this process was resident."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -217,8 +219,8 @@ class MetricsLog:
     """``metrics.jsonl``: one JSON object a line, on disk as soon as it is written.
 
     Every record has an int ``step`` and, if the run has several, a ``phase``. Opening drops a line torn by a crash;
-    with ``resume=(phase, step)`` also everything from the first record of that phase with a later step on, so that the
-    file tells one history and holds each step once.
+    with ``resume=(phase, step)`` also everything behind the last record of that phase up to that step, so that the file
+    tells one history and holds each step once.
     """
 
     def __init__(self, path: Path | str, resume: tuple[str | None, int] | None = None):
@@ -233,12 +235,15 @@ class MetricsLog:
 
     def _keep(self, resume: tuple[str | None, int] | None) -> int:
         """Bytes of the file that stay."""
-        kept = 0
+        kept = own = 0
         for end, record in _lines(self.path):
-            if resume and record.get("phase") == resume[0] and record["step"] > resume[1]:
-                break
+            if resume and record.get("phase") == resume[0]:
+                if record["step"] > resume[1]:
+                    break
+                own = end
             kept = end
-        return kept
+        # Behind the last record of the phase that goes on stand phases that came out of it, and will again.
+        return own or kept
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record. A float that JSON cannot hold becomes "nan", "inf" or "-inf": ``float()`` reads it back."""

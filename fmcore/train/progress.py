@@ -1,11 +1,19 @@
-"""What a person sees while training: a bar on a terminal, a line now and then elsewhere."""
+"""What a person sees while training: a bar on a terminal, a line now and then elsewhere, curves in TensorBoard.
+
+A record is what the training loop writes for a step into ``metrics.jsonl``.
+"""
 
 import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from fmcore.errors import InputError
 
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -63,3 +71,32 @@ class Bar:
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    """The figures of a record that stand beside the bar."""
+    parts = [f"loss {record['loss']:.3f}"]
+    if "tokens_per_s" in record:
+        parts.append(f"{record['tokens_per_s']:,.0f} tok/s")
+    if "mfu" in record:
+        parts.append(f"mfu {record['mfu']:.1%}")
+    parts += [f"{name} {bits:.3f} bits/byte" for name, bits in record.get("bits_per_byte", {}).items()]
+    return "  ".join(parts)
+
+
+def tensorboard(run: Path) -> Any:
+    """A writer of TensorBoard event files in ``run``. ``InputError`` when the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise InputError("train: --tensorboard needs the package tensorboard: pip install 'fmcore[tensorboard]'") from e
+    return SummaryWriter(str(run / "tensorboard"))
+
+
+def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Name and value of every curve that a record has a point of; the name of an inner one is ``outer/inner``."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{key}", inner) for key, inner in value.items())
+        elif name not in ("phase", "step"):
+            yield name, value

@@ -66,7 +66,7 @@ Series = tuple[list[int], list[float]]
 
 
 def _phases(records: Sequence[Mapping[str, Any]], source: Path | str) -> dict[str, tuple[Series, dict[str, Series]]]:
-    """phase -> (training steps and losses, text -> steps and bits per byte); what is no finite number is left out."""
+    """By phase: the training losses, and by text the bits per byte, each with its steps; only finite numbers count."""
     phases: dict[str, tuple[Series, dict[str, Series]]] = {}
     for record in records:
         train, evaluations = phases.setdefault(str(record.get("phase") or "training"), (([], []), {}))
@@ -94,7 +94,7 @@ def _number(value: Any) -> float | None:
 
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean over the ``window`` values around each: no lag, unlike a running average."""
+    """For each value the mean over the ``window`` values around it, which lags behind nothing."""
     sums = [0.0]
     for v in values:
         sums.append(sums[-1] + v)
@@ -126,6 +126,7 @@ def _draw_training(axis: Any, steps: list[int], losses: list[float]) -> None:
 
 
 def _draw_heldout(axis: Any, evaluations: Mapping[str, Series], texts: Sequence[str]) -> None:
+    """A line for each text, in its colour of all phases, with its last value written at its end."""
     ends = []
     for name, (steps, scores) in evaluations.items():
         colour = COLOURS[(texts.index(name) + 1) % len(COLOURS)]
@@ -192,16 +193,19 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool =
 
 
 def _value(value: Any) -> str:
+    """A value as it stands in a table."""
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _inline(text: str) -> str:
+    """``text`` on one line, without control characters."""
     return " ".join(_visible(text).split())
 
 
 def _cell(text: str) -> str:
+    """``text`` as it may stand between the bars of a table."""
     return _inline(text).replace("|", "\\|")
 
 

@@ -39,7 +39,7 @@ class Schedule:
             raise InputError(f"schedule: decay_fraction must be above 0 and at most 1, got {self.decay_fraction}")
 
     def check(self, total: int) -> None:
-        """Raise ``InputError`` if the schedule does not fit into ``total`` steps."""
+        """``InputError`` if warm-up and decay do not fit into ``total`` steps."""
         if total < 1:
             raise InputError(f"schedule: wanted at least 1 step, got {total}")
         decay = self.decay_steps(total) if self.kind == "wsd" else 0
@@ -65,16 +65,3 @@ class Schedule:
         else:
             height = (1 + math.cos(math.pi * min(1.0, (step - self.warmup) / (total - self.warmup)))) / 2
         return self.min_ratio + (1 - self.min_ratio) * height
-
-
-def lr_scale(
-    step: int,
-    total: int,
-    *,
-    kind: Kind = "cosine",
-    warmup: int = 100,
-    min_ratio: float = 0.1,
-    decay_fraction: float = 0.2,
-) -> float:
-    """``Schedule(...).scale(step, total)`` for callers that hold no ``Schedule``."""
-    return Schedule(kind, warmup, min_ratio, decay_fraction).scale(step, total)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmcore.kernels.adamw import adamw_, adamw_foreach_, adamw_fused_
 
@@ -107,3 +109,26 @@ def test_errors_name_the_argument(change, error, message):
     args = {name: [torch.zeros(3)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")} | {"step": 1} | change
     with pytest.raises(error, match=message):
         adamw_(*args.values())
+
+
+class Names(TorchDispatchMode):
+    """The operators that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_on_a_gpu_waits():
+    """A number that is copied to the GPU, or read from it, stops the host until the GPU has caught up."""
+    with FakeTensorMode():
+        tensors = [[torch.empty(3, 4, device="cuda")] for _ in range(4)]
+        scale = torch.empty((), device="cuda")
+        with Names() as names:
+            adamw_(*tensors, 1, grad_scale=scale)
+    assert "aten::_fused_adamw_" in names.seen
+    assert not {"aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense"} & set(names.seen), names.seen

@@ -129,6 +129,20 @@ def test_large_logits_stay_finite():
     assert losses.tolist() == [0.0, 2e4]
 
 
+@pytest.mark.parametrize("count", [64, 300, 3000, 20000])
+def test_16_bit_gradients_are_not_scaled(count):
+    """A mean over ``count`` targets: 1 / count rounded to 16 bits would make every gradient of h wrong alike."""
+    h, w, targets = torch.randn(300, 64).bfloat16(), (torch.randn(500, 64) / 10).bfloat16(), torch.randint(500, (300,))
+
+    def gradients(fn, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (h, w)]
+        return torch.autograd.grad(fn(*leaves, targets, reduction="sum") / count, leaves)
+
+    truth = gradients(linear_cross_entropy_ref, torch.float64)
+    for got, want in zip(gradients(linear_cross_entropy, torch.bfloat16), truth, strict=True):
+        assert abs((got.double() * want).sum() / want.square().sum() - 1) < 1e-3
+
+
 def test_gradcheck():
     h, w, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 2), (4, 2), (4,)))
     targets = torch.tensor([1, -100, 3])
