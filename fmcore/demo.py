@@ -22,13 +22,13 @@ from fmcore.adapt.peft import save_adapter
 from fmcore.data.corpus import read_documents, split_documents
 from fmcore.data.packing import Batch, Loader, held_out_batches
 from fmcore.data.shards import build_shards
-from fmcore.data.tokenizer import BPETokenizer, Tokenizer, load_tokenizer
+from fmcore.data.tokenizer import BPETokenizer, Tokenizer
 from fmcore.device import pick_device, pick_dtype
 from fmcore.errors import InputError
 from fmcore.evaluate import evaluate
 from fmcore.files import write_text
 from fmcore.generate import SampleConfig, complete
-from fmcore.load import build, config_from_dict
+from fmcore.load import build, config_from_dict, tokenizer_of
 from fmcore.models.decoder import PRESETS, Decoder
 from fmcore.train.checkpoint import Checkpoint, checkpoints, load_checkpoint
 from fmcore.train.loop import Outcome, TrainOptions, train
@@ -74,7 +74,7 @@ class Recipe:
 CPU = Recipe(
     "demo",
     2048,
-    TrainOptions(batch_size=8, seq_len=256, lr=4e-3, min_ratio=0.02, beta2=0.99, eval_every=100, save_every=0, keep=1),
+    TrainOptions(batch_size=16, seq_len=256, lr=4e-3, min_ratio=0.02, beta2=0.99, eval_every=100, save_every=0, keep=1),
     adapt_lr=4e-3,
     most_epochs=4.0,
 )
@@ -153,7 +153,9 @@ def demo(options: DemoOptions, console: Console | None = None) -> dict[str, Any]
     recipe = GPU if device.type == "cuda" else CPU
     run = options.run
     found = load_checkpoint(run) if options.resume else None
-    if found is None and (kept := set_aside(run)):
+    if found is not None:
+        options = replace(options, seed=_seed_of(found))
+    elif kept := set_aside(run):
         console.print(f"kept the earlier run as {kept}", highlight=False)
     base, tokenizer, texts, trained = _pretrain(options, recipe, device, found, console)
     scores = {
@@ -178,15 +180,20 @@ def demo(options: DemoOptions, console: Console | None = None) -> dict[str, Any]
     return {"facts": facts, "scores": scores}
 
 
+def _seed_of(found: Checkpoint) -> int:
+    about = found.state.get("demo")
+    if not isinstance(about, dict) or type(about.get("seed")) is not int:
+        raise InputError(f"{found.path}: wanted a checkpoint of the demo to resume, got one of another origin")
+    return about["seed"]
+
+
 def _pretrain(
     options: DemoOptions, recipe: Recipe, device: torch.device, found: Checkpoint | None, console: Console
 ) -> tuple[Decoder, Tokenizer, Texts, Outcome]:
     """Train the base, or go on with ``found``; returns it with its tokenizer, its texts and what training did."""
     run = options.run
     if found is not None:
-        if "demo" not in found.state or found.tokenizer is None:
-            raise InputError(f"{run}: wanted a run of the demo to resume, got a checkpoint of another origin")
-        tokenizer = load_tokenizer(found.tokenizer)
+        tokenizer = tokenizer_of(found)
         plan, config = TrainOptions(**found.state["options"]), config_from_dict(found.config, found.path)
     else:
         console.print("[bold]1[/] reading the standard library and training a tokenizer on it")

@@ -13,6 +13,8 @@ never holds the scores of the plain causal and bidirectional cases.
 Source: Vaswani et al. 2017, arXiv:1706.03762; grouped heads: Ainslie et al. 2023, arXiv:2305.13245.
 """
 
+from itertools import groupby
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,26 +73,23 @@ def _dense(
 def _packed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int | None, scale: float | None
 ) -> Tensor:
-    """Packed documents, (M, H, D). Those of one length share a call: with long documents nearly all are whole rows."""
+    """Packed documents, (M, H, D). Neighbours of one length share a call, and no input is copied.
+
+    Long documents fill whole rows, so that few neighbours differ. Gathering all documents of a length into one call
+    makes fewer calls, but copies q, k and v: with one boundary in 8 rows the forward pass of a model lost 10 %.
+    """
     lengths = cu_seqlens.diff().tolist()
     if sum(lengths) != q.shape[0] or min(lengths, default=0) < 0:
         raise ValueError(f"attention: cu_seqlens must rise from 0 to M={q.shape[0]}, got {cu_seqlens.tolist()[:8]}...")
-    groups: dict[int, list[int]] = {}
-    for i, n in enumerate(lengths):
-        groups.setdefault(n, []).append(i)
-    groups.pop(0, None)
-    if len(groups) == 1:
-        n = next(iter(groups))
-        q, k, v = (t.unflatten(0, (-1, n)) for t in (q, k, v))
-        return _dense(q, k, v, causal, window, scale, None).flatten(0, 1)
-    parts = [t.split(lengths) for t in (q, k, v)]
-    outs = [q.new_empty(0, q.shape[1], v.shape[2])] * len(lengths)
-    for ids in groups.values():
-        qs, ks, vs = (torch.stack([part[i] for i in ids]) for part in parts)
-        o = _dense(qs, ks, vs, causal, window, scale, None)
-        for i, row in zip(ids, o.unbind(0), strict=True):
-            outs[i] = row
-    return torch.cat(outs)
+    runs = [(n, n * len(list(same))) for n, same in groupby(n for n in lengths if n)]
+    if not runs:
+        return q.new_empty(0, q.shape[1], v.shape[2])
+    parts = zip(*(t.split([span for _, span in runs]) for t in (q, k, v)), strict=True)
+    outs = []
+    for (n, _), part in zip(runs, parts, strict=True):
+        q_rows, k_rows, v_rows = (t.unflatten(0, (-1, n)) for t in part)
+        outs.append(_dense(q_rows, k_rows, v_rows, causal, window, scale, None).flatten(0, 1))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def attention(

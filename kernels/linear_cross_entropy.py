@@ -36,10 +36,13 @@ def _logits(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
-    """logsumexp of each row, and the rows turned into their softmax in place: one exp serves both."""
-    top = z.amax(1, keepdim=True)
-    total = z.sub_(top).exp_().sum(1, keepdim=True)
-    return (top + total.log())[:, 0], z.div_(total)
+    """logsumexp of each row, and the rows turned into their softmax in place: one exp serves both.
+
+    The largest probability is at least 1/V, so its logarithm is exact where that of another could be of zero.
+    """
+    top = z.amax(1)
+    torch.softmax(z, 1, out=z)
+    return top - z.amax(1).log(), z
 
 
 def _minus_onehot_(p: Tensor, targets: Tensor, ignored: Tensor) -> Tensor:

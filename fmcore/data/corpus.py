@@ -113,8 +113,8 @@ def plan_split(documents: Iterable[Document], held_out: float = 0.05) -> Split:
 def split_documents(documents: Iterable[Document], held_out: float = 0.05) -> tuple[list[Document], list[Document]]:
     """Training and held-out documents, about ``held_out`` of the bytes, at least one document each.
 
-    The choice hashes name and text, so it depends on no order and copies stay on one side. A single document is cut
-    at the line boundary before its last ``held_out``.
+    The choice hashes the text alone, so it depends on no order and no name, and copies stay on one side. A single
+    document is cut at the line boundary before its last ``held_out``.
     """
     documents = list(documents)
     split = plan_split(documents, held_out)
@@ -141,10 +141,9 @@ def _held(weight: np.ndarray, held_out: float) -> list[int]:
 
 
 def _hash(document: Document) -> tuple[int, int]:
-    """64 bits of the sha256 of name and text, and the bytes of the text."""
+    """64 bits of the sha256 of the text, and its bytes."""
     text = document.text.encode("utf-8", "surrogatepass")
-    digest = hashlib.sha256(document.name.encode("utf-8", "surrogatepass") + b"\0" + text).digest()
-    return int.from_bytes(digest[:8], "big"), len(text)
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big"), len(text)
 
 
 def _cut(document: Document, held_out: float) -> tuple[Document, Document]:

@@ -314,11 +314,14 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
             positions = positions if cache is None else positions + cache.lens[:, None]
-        positions = positions.reshape(-1)
+        positions = positions.reshape(-1)  # (M,)
         x = self.embed(tokens.reshape(-1))  # (M, C)
         if self.config.positions == "learned":
             x = x + self.pos(positions)
         angles = self.angles(length, tokens.device)
+        if angles is not None and tokens.device.type == "cpu":
+            # Looked up once for all layers; a GPU's kernel reads the small tables instead, which stay in its cache.
+            angles, positions = (angles[0][positions], angles[1][positions]), None
         for layer in self.layers:
             x = layer(x, B, angles, positions, cu_seqlens, cache)
         if cache is not None:
