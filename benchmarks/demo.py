@@ -12,6 +12,7 @@ import json
 import platform
 import random
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -86,6 +87,15 @@ def ratio_interval(a: list[float], b: list[float], seed: int = 0) -> tuple[float
     return statistics.median(ratios), medians[50], medians[1949]
 
 
+def commit() -> str:
+    """The commit that was measured, marked ``-dirty`` if files differ from it; "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60, help="timed steps of each model")
@@ -123,6 +133,7 @@ def main() -> None:
     median, low, high = ratio_interval(times["fmcore"], times["plain"])
     record = {
         "benchmark": "demo",
+        "commit": commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -131,14 +131,14 @@ def _draw_heldout(axis: Any, evaluations: Mapping[str, Series], texts: Sequence[
     for name, (steps, scores) in evaluations.items():
         colour = COLOURS[(texts.index(name) + 1) % len(COLOURS)]
         axis.plot(steps, scores, color=colour, linewidth=1.6, marker="o", markersize=4, label=name)
-        ends.append((scores[-1], steps[-1], colour))
+        ends.append((scores[-1], steps[-1], colour, name))
     low, high = axis.get_ylim()
     at = -math.inf
-    for score, step, colour in sorted(ends):
+    for score, step, colour, name in sorted(ends):
         # Labels of ends that lie close together are pushed apart, upwards.
         at = max(score, at + 0.07 * (high - low))
         axis.annotate(
-            f"{score:.2f}",
+            f"{name} {score:.2f}",
             (step, at),
             (7, 0),
             textcoords="offset points",
