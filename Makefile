@@ -8,6 +8,8 @@ RUN    ?= runs/demo
 JOBS   ?= 2
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# By a path, not an import hook: beside a clone named fmcore the hook would lose against that folder.
+EDITABLE := --config-settings editable_mode=compat -e
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 # With a GPU, PyTorch's default build. Without one, the CPU build: one at hand, else from PyTorch's own index.
@@ -42,13 +44,13 @@ $(BIN)/python:
 $(BIN)/.base: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing fmcore into $(VENV) (once, some minutes)"
 	@$(INSTALL_TORCH)
-	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q -c constraints.txt $(EDITABLE) .
 	@touch $@
 
 $(BIN)/.test: $(BIN)/.base
-	$(PIP) install -q -c constraints.txt -e '.[test]'
+	$(PIP) install -q -c constraints.txt $(EDITABLE) '.[test]'
 	@touch $@
 
 $(BIN)/.lint: $(BIN)/.base
-	$(PIP) install -q -c constraints.txt -e '.[lint]'
+	$(PIP) install -q -c constraints.txt $(EDITABLE) '.[lint]'
 	@touch $@

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -48,6 +49,16 @@ class Flag:
             return self.kind(text)
         except ValueError:
             raise InputError(f"--{self.name} must be {KINDS[self.kind]}, got {text!r}") from None
+
+
+def prog() -> str:
+    """How this process was started, for commands that people copy."""
+    if Path(sys.argv[0]).name != "__main__.py":
+        return "fmcore"
+    # Inside a virtual environment the bare name is another Python, unless the environment is active.
+    python = Path(sys.executable)
+    near = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else Path(python.name)
+    return f"{near} -m fmcore"
 
 
 def near(word: str, known: Sequence[str], before: str = "") -> str:

@@ -147,15 +147,12 @@ def _execute(command: str, options: Any, checkpoint: Any) -> int:
         else:
             options.execute(checkpoint)
     except Interrupted as e:
-        print(f"fmcore: {e}; go on with: {_prog()} {command} --run {shlex.quote(str(e.run))} --resume", file=sys.stderr)
+        print(
+            f"fmcore: {e}; go on with: {arguments.prog()} {command} --run {shlex.quote(str(e.run))} --resume",
+            file=sys.stderr,
+        )
         return e.code
     return 0
-
-
-def _prog() -> str:
-    """How this process was started, for commands that people copy."""
-    as_module = Path(sys.argv[0]).name == "__main__.py"
-    return f"{Path(sys.executable).name} -m fmcore" if as_module else "fmcore"
 
 
 def _overview() -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from fmcore import jobs
+from fmcore.arguments import prog
 from fmcore.errors import InputError
 from fmcore.generate import SampleConfig, complete, stream
 from fmcore.load import load
@@ -87,7 +88,7 @@ def _summary(run: Path, outcome: Outcome, checkpoint: Checkpoint | None) -> None
             )
     if outcome.checkpoint is not None:
         print(f"checkpoint {outcome.checkpoint}")
-    print(f"try: fmcore generate --model {run} --prompt 'The '")
+    print(f"try: {prog()} generate --model {run} --prompt 'The '")
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ class Evaluate:
             device=self.device,
             dtype=self.dtype,
         )
+        if self.data is not None and not self.whole:
+            print(f"on the held-out {self.held_out:.0%} of {self.data}; --whole scores all of it")
         print(f"bits per byte  {result.bits_per_byte:.4f}")
         print(f"perplexity     {result.perplexity:.4f}")
         print(f"loss           {result.loss:.4f} nats per token")

@@ -19,6 +19,7 @@ from torch import Tensor
 from fmcore.adapt.lora import LoraConfig, adapter_size, add_lora, lora_off
 from fmcore.adapt.peft import WEIGHTS as ADAPTER_WEIGHTS
 from fmcore.adapt.peft import save_adapter
+from fmcore.arguments import prog
 from fmcore.data.corpus import read_documents, split_documents
 from fmcore.data.packing import Batch, Loader, held_out_batches
 from fmcore.data.shards import build_shards
@@ -317,11 +318,14 @@ def _show(console: Console, scores: dict[str, dict[str, float]], facts: dict[str
         table.add_row(row, *(f"{value:.3f}" for value in values.values()))
     console.print(table)
     change = 1 - scores["adapted"]["prose"] / scores["base"]["prose"]
+    cost = scores["adapted"]["code"] / scores["base"]["code"] - 1
     console.print(
-        f"adaptation lowered prose by {change:.1%}; with the adapter off, the base is bit-identical", highlight=False
+        f"adaptation lowered prose by {change:.1%} and raised code by {cost:.1%}; with the adapter off, the base is "
+        "bit-identical",
+        highlight=False,
     )
     console.print(
         f"{facts['seconds in all']} s in all. Look at {run / 'report.md'} and {run / 'loss.png'}; try\n"
-        f"  fmcore generate --model {run} --adapter {run / 'adapter'} --prompt 'The '",
+        f"  {prog()} generate --model {run} --adapter {run / 'adapter'} --prompt 'The '",
         highlight=False,
     )

@@ -45,6 +45,9 @@ def load(path: Path | str, *, adapter: Path | str | None = None, device: str = "
         found = from_checkpoint(load_checkpoint(path, optimizer=False), on, in_dtype)
     check_vocab_fits(found.tokenizer, found.model.config, path)
     if adapter is not None:
+        own = found.checkpoint.path.parent.parent / "adapter" if found.checkpoint else None
+        if lora_modules(found.model) and own is not None and Path(adapter).resolve() == own.resolve():
+            raise InputError(f"{adapter}: wanted another adapter than the model's own, which {path} comes with already")
         fold_adapter(found.model)
         load_adapter(found.model, Path(adapter))
     return found

@@ -271,6 +271,9 @@ def test_finetune_then_export(base, tmp_path, capsys, full):
     assert text != greedy("--model", base)
     if not full:
         assert text == greedy("--model", base, "--adapter", run / "adapter")
+        # Its own adapter on top would count twice.
+        assert fmcore("generate", "--model", run, "--adapter", run / "adapter") == 2
+        assert "comes with already" in capsys.readouterr().err
     assert fmcore("export", "--model", run, "--out", tmp_path / "hf") == 0
     assert "model.safetensors" in capsys.readouterr().out
     assert text == greedy("--model", tmp_path / "hf")

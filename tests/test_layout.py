@@ -19,7 +19,7 @@ SOURCES = sorted(p for top in ("fmcore", "kernels", "benchmarks") for p in (ROOT
 SOURCES = [p for p in SOURCES if "fmcore/kernels" not in str(p) and "fmcore/csrc" not in str(p)]
 # From the bottom to the top: a room may import those before it, not those after it.
 ROOMS = ("errors", "files", "device", "check", "op", "kernels", "ops", "nn", "optim", "models", "data", "evaluate",
-         "generate", "adapt", "train", "load", "options", "jobs", "demo", "doctor", "commands", "arguments", "cli",
+         "generate", "adapt", "train", "arguments", "load", "options", "jobs", "demo", "doctor", "commands", "cli",
          "__main__")  # fmt: skip
 
 

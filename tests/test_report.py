@@ -60,7 +60,17 @@ def test_picture_of_two_phases(tmp_path, monkeypatch):
     width, height = size(picture)
     assert 1000 < width < 4000 and 600 < height < 2000
     wanted = {"A run", "pretrain", "adapt", "training loss (nats per token)", "held-out (bits per byte)"}
-    wanted |= {"optimizer step", "each step", "smoothed", "code", "prose", "2.25", "3.12", "2.50", "2.00"}
+    wanted |= {
+        "optimizer step",
+        "each step",
+        "smoothed",
+        "code",
+        "prose",
+        "code 2.25",
+        "prose 3.12",
+        "code 2.50",
+        "prose 2.00",
+    }
     assert wanted <= set(said), wanted - set(said)
 
 
@@ -71,9 +81,10 @@ def test_picture_of_two_phases(tmp_path, monkeypatch):
         [{"step": 3, "bits_per_byte": 2.0}],
         [{"step": 0, "loss": float("nan")}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": "inf"}, {"step": 3}],
         [{"step": s, "loss": 2.0, "bits_per_byte": {str(i): 1.0 for i in range(9)}} for s in range(3)],
+        [{"step": 1, "bits_per_byte": {"$x_{": 1.0}}],
         [{"phase": "$x_{", "step": 1, "loss": 1e30}, {"phase": "b", "step": 10**9, "loss": -5.0}],
     ],
-    ids=["one step", "one evaluation", "not finite", "many texts", "odd names"],
+    ids=["one step", "one evaluation", "not finite", "many texts", "odd text", "odd names"],
 )
 def test_picture_of_odd_runs(tmp_path, records):
     size(plot_loss(log(tmp_path / "m.jsonl", records), tmp_path / "loss.png", "$_{"))
