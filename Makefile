@@ -41,7 +41,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fmcore needs Python 3.11 or newer, got " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(BIN)/.base: pyproject.toml constraints.txt | $(BIN)/python
+$(BIN)/.base: Makefile pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing fmcore into $(VENV) (once, some minutes)"
 	@$(INSTALL_TORCH)
 	$(PIP) install -q -c constraints.txt $(EDITABLE) .
