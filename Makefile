@@ -12,12 +12,13 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 EDITABLE := --config-settings editable_mode=compat -e
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-# With a GPU, PyTorch's default build. Without one, the CPU build: one at hand, else from PyTorch's own index.
+# With a GPU, PyTorch's default build. Without one, the CPU build if pip finds it, or from TORCH_INDEX, the address of
+# PyTorch's index of CPU builds; else the default build, which is larger by gigabytes.
 INSTALL_TORCH = if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
 	    $(PIP) install -q -c constraints.txt torch; \
 	else \
 	    $(PIP) install -q -c constraints.txt "torch==$(TORCH)+cpu" 2>/dev/null || \
-	    $(PIP) install -q -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null || \
+	    { [ -n "$(TORCH_INDEX)" ] && $(PIP) install -q -c constraints.txt --index-url "$(TORCH_INDEX)" torch; } || \
 	    $(PIP) install -q -c constraints.txt torch; \
 	fi
 

@@ -54,7 +54,7 @@ REFUSED = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (by default this process's own) and return its exit code."""
     # Before PyTorch is loaded: on a machine with other work, threads that spin while they wait for each other took
-    # 2.5 times as long as threads that soon sleep, and on a quiet one neither was ahead (LOG.md).
+    # 2.5 times as long as threads that soon sleep in one run; with less load neither was ahead (LOG.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         with _warnings_in_one_line():
