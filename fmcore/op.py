@@ -35,6 +35,8 @@ class Op:
 
     def __init__(self, schema: str, fake: Callable[..., Any]):
         self.name = schema.partition("(")[0]
+        # The file of kernels/ that defines it.
+        self.module = fake.__module__
         self.bodies: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {}
         _lib.define(schema)
         _lib.impl(self.name, self._run, "CompositeExplicitAutograd")
@@ -71,6 +73,8 @@ class Op:
     def _run(self, *args: Any) -> Any:
         """What the dispatcher calls: choose a body and run it."""
         x = args[0]
+        if isinstance(x, list) and x:
+            x = x[0]
         if isinstance(x, torch.Tensor) and x.is_cuda and x.device.index != torch.cuda.current_device():
             # Triton launches on the current device, wherever the tensors are.
             with torch.cuda.device(x.device):

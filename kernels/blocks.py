@@ -26,3 +26,25 @@ def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 def unit_columns(x: Tensor) -> Tensor:
     """``x`` (M, N) itself when its columns lie side by side, whatever the row stride; else a copy."""
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def dropout_factor(seed_ptr, rows, start, N, DROP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Dropout factors (ROWS, BLOCK) of the elements at ``rows`` (int64) and columns from ``start``, in a matrix (M, N).
+
+    0 for DROP (``dropout_draws``) of 2^32 draws, else the inverse of the share that stays. The factor of an element
+    depends on the seed, its row and its column alone, so backward draws again what forward drew and no mask is stored.
+    Four neighbours share one call of Philox, which is what keeps up with the memory: ``start`` and BLOCK are multiples
+    of 4. Seven rounds pass every test of BigCrush. Source: Salmon et al. 2011, doi:10.1145/2063384.2063405.
+    """
+    seed = tl.load(seed_ptr)
+    groups = rows[:, None] * tl.cdiv(N, 4) + (start // 4 + tl.arange(0, BLOCK // 4))[None, :]
+    a, b, c, d = tl.randint4x(seed, groups, n_rounds=7)
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, BLOCK))
+    keep = words.to(tl.uint32, bitcast=True) >= DROP
+    return tl.where(keep, 4294967296 / (4294967296 - DROP), 0.0)
+
+
+def dropout_draws(p: float) -> int:
+    """How many of the 2^32 draws of ``dropout_factor`` drop an element, for a probability ``p`` in [0, 1)."""
+    return int(p * 2**32)

@@ -2,6 +2,7 @@
 
     python tests/aot.py             print the resources as JSON
     python tests/aot.py --pin       write them to tests/resources.json, which tests/test_aot.py compares with
+    python tests/aot.py --only X    rows whose name contains X; with --pin the others keep what was pinned
 
 The launches are the operators' own: their host code runs on tensors of the ``meta`` device, and what it hands to Triton
 is specialized as the JIT would (divisible by 16, equal to 1) and compiled for each target. Runs in a process without
@@ -87,11 +88,14 @@ def nvidia_resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
     sass = _tool("nvdisasm", "-c", kernel.asm["cubin"])
     found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
+        "threads": 32 * kernel.metadata.num_warps,
         "registers": found["REG"],
         "spills": max(found["STACK"], found["LOCAL"], len(re.findall(r"\b(?:STL|LDL)\b", sass))),
         "shared": kernel.metadata.shared,
         "loads_128": len(re.findall(r"\bLDG\.E(?:\.\w+)*?\.128\b", sass)),
         "stores_128": len(re.findall(r"\bSTG\.E(?:\.\w+)*?\.128\b", sass)),
+        "hgmma": len(re.findall(r"\bHGMMA\b", sass)),
+        "hmma": len(re.findall(r"\bHMMA\b", sass)),
         "float_atomics": len(re.findall(r"\b(?:RED|REDG|ATOM|ATOMG|ATOMS)\.[\w.]*F(?:16|32|64)", sass)),
     }
 
@@ -100,11 +104,13 @@ def amd_resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
     text = kernel.asm["amdgcn"]
     found = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", text)}
     return {
+        "threads": 64 * kernel.metadata.num_warps,
         "registers": found["vgpr_count"],
         "spills": found["vgpr_spill_count"] + found["sgpr_spill_count"],
         "shared": kernel.metadata.shared,
         "loads_128": len(re.findall(r"\b(?:global|buffer)_load_(?:b128|dwordx4)\b", text)),
         "stores_128": len(re.findall(r"\b(?:global|buffer)_store_(?:b128|dwordx4)\b", text)),
+        "mfma": len(re.findall(r"\bv_mfma_", text)),
         "float_atomics": len(re.findall(r"\b\w*atomic\w*_(?:pk_)?(?:add|min|max)_(?:f16|bf16|f32|f64)\b", text)),
     }
 
@@ -135,9 +141,13 @@ def main() -> None:
     options.add_argument("--pin", action="store_true", help=f"write {PINS.name}")
     options.add_argument("--only", default="", help="rows whose name contains this")
     given = options.parse_args()
-    text = json.dumps({"triton": triton.__version__, "kernels": everything(given.only)}, indent=1)
+    found = everything(given.only)
+    if given.pin and given.only:
+        kept = json.loads(PINS.read_text())["kernels"]
+        found = dict(sorted(({k: v for k, v in kept.items() if given.only not in k.split()[0]} | found).items()))
+    text = json.dumps({"triton": triton.__version__, "kernels": found}, indent=1)
     # One line for each kernel and target: a change reads as one changed line.
-    text = re.sub(r"\{\s+(\"registers\"[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s*\n\s*", " ", m[1]) + "}", text)
+    text = re.sub(r"\{\s+(\"threads\"[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s*\n\s*", " ", m[1]) + "}", text)
     if given.pin:
         PINS.write_text(text + "\n")
     else:

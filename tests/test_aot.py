@@ -46,6 +46,22 @@ def test_every_case_is_compiled(now):
     assert {name for name, case in CASES.items() if case.aot} == {kernel.split()[0] for kernel in now}
 
 
+# What a launch is refused beyond: bytes of shared memory of one program, and threads.
+SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+
+
+def test_every_kernel_would_launch(now):
+    bad = [
+        f"{kernel} {target}: {used}"
+        for kernel, targets in now.items()
+        for target, used in targets.items()
+        if used["shared"] > SHARED[target]
+        or used["threads"] > 1024
+        or (target != "gfx942" and used["threads"] * used["registers"] > 65536)
+    ]
+    assert not bad, "\n".join(bad)
+
+
 def test_no_spills_and_no_float_atomics(now):
     bad = [
         f"{kernel} {target}: {used}"

@@ -13,8 +13,8 @@ from fmcore import ops
 ROOT = Path(__file__).parent.parent
 SHARED = {"blocks", "launch"}  # files in kernels/ that are no operator
 OPERATORS = sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if p.stem not in SHARED)
-# Operators that run PyTorch's kernels only: no Triton to prove, so a test file of their own instead of a row.
-WITHOUT_KERNELS = {"adamw", "attention", "linear_cross_entropy"}
+# Operators that work in place or without a gradient: the contract of a row does not fit, a test file of their own does.
+WITHOUT_ROWS = {"adamw"}
 SOURCES = sorted(p for top in ("fmcore", "kernels", "benchmarks") for p in (ROOT / top).rglob("*.py"))
 SOURCES = [p for p in SOURCES if "fmcore/kernels" not in str(p) and "fmcore/csrc" not in str(p)]
 # From the bottom to the top: a room may import those before it, not those after it.
@@ -47,9 +47,7 @@ def test_operator_is_in_the_index(name):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator_is_proven(name):
-    has_kernels = "@triton.jit" in (ROOT / "kernels" / f"{name}.py").read_text()
-    assert has_kernels == (name not in WITHOUT_KERNELS)
-    if has_kernels:
+    if name not in WITHOUT_ROWS:
         rows = [case for case in CASES.values() if case.file == f"{name}.py"]
         assert rows, f"tests/cases.py has no row for kernels/{name}.py"
         assert any(case.bugs for case in rows), f"no row of {name} in tests/cases.py plants a bug"
@@ -99,7 +97,8 @@ def test_nothing_on_disk_is_trusted(path):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_readable(path):
     lines = path.read_text().splitlines()
-    assert len(lines) <= 450
+    # Device code may be long: each version of an operator stands in its one file.
+    assert len(lines) <= (900 if path.parent.name == "kernels" else 450)
     assert lines == [] or path.name == "__init__.py" or path.read_text().lstrip().startswith('"""')
 
 

@@ -155,7 +155,7 @@ def test_same_bits_each_time(case, body):
 
 
 @pytest.mark.skipif(ON_GPU, reason="addresses are checked in the interpreter")
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, id=n) for n, c in CASES.items() if c.phantom])
 def test_addresses_beyond_32_bits(case):
     """2^34 elements on tensors without memory, through all the host code: every address lies in its tensor."""
     with interpreter.recorded() as launches:
