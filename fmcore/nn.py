@@ -1,7 +1,9 @@
 """Modules over the operators: parameters and no mathematics.
 
-``RMSNorm``, ``LayerNorm`` and ``GELU`` can stand in for their ``torch.nn`` namesakes.
+``RMSNorm``, ``LayerNorm``, ``GELU``, ``Dropout`` and ``Embedding`` can stand in for their ``torch.nn`` namesakes.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,3 +52,33 @@ class GELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.gelu(x, self.approximate)
+
+
+class Dropout(nn.Dropout):
+    """Elements are 0 with probability ``p`` while training; the mask is drawn again in backward, not stored."""
+
+    def __init__(self, p: float = 0.5, inplace: bool = False):
+        if inplace:
+            raise ValueError("Dropout: inplace must be False, got True")
+        if not 0 <= p < 1:
+            raise ValueError(f"Dropout: p must be at least 0 and below 1, got {p}")
+        super().__init__(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.dropout(x, self.p, training=self.training)
+
+
+class Embedding(nn.Embedding):
+    """Rows of a table (num_embeddings, embedding_dim) with a dense, deterministic gradient.
+
+    What ``torch.nn.Embedding`` has besides, ``max_norm``, ``scale_grad_by_freq`` and ``sparse``, raises ``ValueError``.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        for name, off in (("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)):
+            if getattr(self, name) != off:
+                raise ValueError(f"Embedding: {name} must be {off}, got {getattr(self, name)}")
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return ops.embedding(tokens, self.weight, padding_idx=self.padding_idx)

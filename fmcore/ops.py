@@ -2,6 +2,8 @@
 
 from fmcore.kernels.adamw import adamw_ as adamw_
 from fmcore.kernels.attention import attention as attention
+from fmcore.kernels.dropout import dropout as dropout
+from fmcore.kernels.embedding import embedding as embedding
 from fmcore.kernels.gelu import gelu as gelu
 from fmcore.kernels.layer_norm import layer_norm as layer_norm
 from fmcore.kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy

@@ -5,6 +5,10 @@
 for the pairs (x1, x2) of the first R dimensions of each head, which are (i, i + R/2) or, interleaved, (2i, 2i + 1); the
 other D - R pass through. q (B, T, H, D)   k (B, T, G, D)   cos, sin (P, R/2) in fp32.
 
+Of packed documents each tile finds the positions of its rows in cu_seqlens (S + 1) by binary search: log2(S + 1) loads
+that all threads share, against one more launch and 8 bytes a row written and read back had the positions been made
+before (derived, not measured).
+
 Backward is the rotation by the opposite angle: the same kernel with -sin, and no activation is saved. Computed in fp32
 whatever the input (fp64 for fp64). Bound by DRAM: reads q and k and writes both (2 B T (H + G) D elements).
 Source: Su et al. 2021, arXiv:2104.09864; the scaling of Llama 3.1, arXiv:2407.21783.
@@ -80,6 +84,14 @@ def rope_tables(
     return angles.cos().to(device), angles.sin().to(device)
 
 
+def _positions(cu_seqlens: Tensor, M: int) -> Tensor:
+    """The distance of each of M rows from the last of ``cu_seqlens`` (S + 1,) that is not beyond it, or the first."""
+    rows, cu_seqlens = torch.arange(M, device=cu_seqlens.device), cu_seqlens.contiguous()
+    last = torch.searchsorted(cu_seqlens, rows.to(cu_seqlens.dtype), right=True) - 1
+    # A row before all of them is at a negative position, outside every table.
+    return rows - cu_seqlens[last.clamp(min=0)]
+
+
 def _angles(table: Tensor, positions: Tensor | None, B: int, T: int) -> Tensor:
     """The row of ``table`` (P, R/2) for each of the B * T tokens, (B or 1, T, 1, R/2)."""
     if positions is None:
@@ -92,11 +104,14 @@ def _angles(table: Tensor, positions: Tensor | None, B: int, T: int) -> Tensor:
         raise IndexError(f"rope: positions must be at least 0 and below P={P}, got {low} to {high}") from None
 
 
-# Reference: what the kernel below must equal. q (B, T, H, D), k (B, T, G, D), positions (B * T,) or None.
+# Reference: what the kernel below must equal. q (B, T, H, D), k (B, T, G, D), positions (B * T,), cu_seqlens (S + 1,).
 def rope_ref(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, interleaved: bool = False
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    *, interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     R = 2 * cos.shape[1]
+    if cu_seqlens is not None:
+        positions = _positions(cu_seqlens, q.shape[0] * q.shape[1])
     c, s = (_angles(table, positions, *q.shape[:2]) for table in (cos, sin))  # (B or 1, T, 1, R/2)
 
     def rotate(x: Tensor) -> Tensor:
@@ -111,8 +126,25 @@ def rope_ref(
 
 # Kernels: a tile holds HEAD_ROWS heads of neighbouring tokens of one batch row, whole.
 @triton.jit
+def document_start(cu_seqlens_ptr, rows, S, steps):
+    """The last of the ascending cu_seqlens[0..S] that is not beyond each row (int64), after ``steps`` halvings.
+
+    cu_seqlens[0] for rows before all of them. Every load lies inside, whatever the values.
+    """
+    low = tl.zeros_like(rows).to(tl.int32)
+    high = low + S
+    for _ in range(steps):
+        middle = (low + high + 1) // 2
+        reached = tl.load(cu_seqlens_ptr + middle).to(tl.int64) <= rows
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle - 1)
+    return tl.load(cu_seqlens_ptr + low).to(tl.int64)
+
+
+@triton.jit
 def rotate_tile(
-    x_ptr, y_ptr, cos_ptr, sin_ptr, positions_ptr, batch, block, T, stride_xb, stride_xt, stride_xh,
+    x_ptr, y_ptr, cos_ptr, sin_ptr, positions_ptr, cu_seqlens_ptr, batch, block, T, P, S, steps,
+    stride_xb, stride_xt, stride_xh,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
     HEAD_ROWS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -125,13 +157,19 @@ def rotate_tile(
     positions = tokens
     if positions_ptr is not None:
         positions = tl.load(positions_ptr + batch * T + tokens, mask=in_rows, other=0).to(tl.int64)
+    if cu_seqlens_ptr is not None:
+        positions = batch * T + tokens
+        positions -= document_start(cu_seqlens_ptr, positions, S, steps)
     x_row = (x_ptr + batch * stride_xb + tokens * stride_xt + heads * stride_xh)[:, None]
     y_row = (y_ptr + ((batch * T + tokens) * H + heads) * D)[:, None]
 
     half = tl.arange(0, BLOCK_HALF)[None, :]
     mask = in_rows[:, None] & (half < HALF)
-    cos = tl.load(cos_ptr + positions[:, None] * HALF + half, mask=mask, other=0.0).to(ACC)  # (HEAD_ROWS, BLOCK_HALF)
-    sin = tl.load(sin_ptr + positions[:, None] * HALF + half, mask=mask, other=0.0).to(ACC)
+    angles = positions[:, None] * HALF + half
+    # NaN for a position that no table has; nothing is read there.
+    in_table = mask & ((positions >= 0) & (positions < P))[:, None]
+    cos = tl.load(cos_ptr + angles, mask=in_table, other=float("nan")).to(ACC)  # (HEAD_ROWS, BLOCK_HALF)
+    sin = tl.load(sin_ptr + angles, mask=in_table, other=float("nan")).to(ACC)
     if INVERSE:
         sin = -sin
     if INTERLEAVED:
@@ -153,9 +191,10 @@ def rotate_tile(
         tl.store(y_row + rest, tl.load(x_row + rest, mask=mask), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "P", "S", "steps", "q_blocks", "k_blocks"])
 def rope_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr, T, q_blocks, k_blocks,
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr, cu_seqlens_ptr, T, P, S, steps,
+    q_blocks, k_blocks,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
@@ -166,30 +205,33 @@ def rope_kernel(
     batch, block = (pid // (q_blocks + k_blocks)).to(tl.int64), pid % (q_blocks + k_blocks)
     if block < q_blocks:
         rotate_tile(
-            q_ptr, q_out_ptr, cos_ptr, sin_ptr, positions_ptr, batch, block, T, stride_qb, stride_qt, stride_qh,
-            H, D, HALF, INTERLEAVED, INVERSE, HEAD_ROWS, BLOCK_HALF, BLOCK_REST, ACC,
+            q_ptr, q_out_ptr, cos_ptr, sin_ptr, positions_ptr, cu_seqlens_ptr, batch, block, T, P, S, steps,
+            stride_qb, stride_qt, stride_qh, H, D, HALF, INTERLEAVED, INVERSE, HEAD_ROWS, BLOCK_HALF, BLOCK_REST, ACC,
         )  # fmt: skip
     else:
         rotate_tile(
-            k_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr, batch, block - q_blocks, T,
+            k_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr, cu_seqlens_ptr, batch, block - q_blocks, T, P, S, steps,
             stride_kb, stride_kt, stride_kh, G, D, HALF, INTERLEAVED, INVERSE, HEAD_ROWS, BLOCK_HALF, BLOCK_REST, ACC,
         )  # fmt: skip
 
 
 # Operator: forward, and with inverse backward; what every body returns, then the bodies.
 fwd = bwd = Op(
-    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse)"
-    " -> (Tensor q, Tensor k)",
-    fake=lambda q, k, cos, sin, positions, interleaved, inverse: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens,"
+    " bool interleaved, bool inverse) -> (Tensor q, Tensor k)",
+    fake=lambda q, k, *rest: (q.new_empty(q.shape), k.new_empty(k.shape)),
 )
 
 
 @fwd.body("cpu", accepts=lambda q, *rest: q.device.type == "cpu")
 def rope_cpu(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None,
+    interleaved: bool, inverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Three passes over each: the product with cos, then one half of the pairs after the other."""
     R, stat = 2 * cos.shape[1], accumulator(q.dtype)[0]
+    if cu_seqlens is not None:
+        positions = _positions(cu_seqlens, q.shape[0] * q.shape[1])
     c, s = (_angles(table, positions, *q.shape[:2]).to(stat) for table in (cos, sin))
     c = c.repeat_interleave(2, -1) if interleaved else torch.cat((c, c), -1)
     c = pad(c, (0, q.shape[-1] - R), value=1.0)
@@ -208,8 +250,9 @@ def rope_cpu(
 
 @fwd.body("triton", accepts=lambda q, *rest: q.is_cuda)
 def rope_triton(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None,
+    interleaved: bool, inverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, T, H, D), G, half = q.shape, k.shape[2], cos.shape[1]
     q, k, cos, sin = unit_columns(q), unit_columns(k), cos.contiguous(), sin.contiguous()
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
@@ -217,9 +260,11 @@ def rope_triton(
     block_rest = triton.next_power_of_2(D - 2 * half) if 2 * half < D else 0
     rows = max(1, TILE // triton.next_power_of_2(2 * block_half + block_rest))
     q_blocks, k_blocks = triton.cdiv(T * H, rows), triton.cdiv(T * G, rows)
+    positions, cu_seqlens = (None if t is None else t.contiguous() for t in (positions, cu_seqlens))
+    S = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if tiles := B * (q_blocks + k_blocks):
         rope_kernel[(tiles,)](
-            q, k, q_out, k_out, cos, sin, None if positions is None else positions.contiguous(), T,
+            q, k, q_out, k_out, cos, sin, positions, cu_seqlens, T, cos.shape[0], S, S.bit_length(),
             q_blocks, k_blocks, *q.stride()[:3], *k.stride()[:3],
             H=H, G=G, D=D, HALF=half, INTERLEAVED=interleaved, INVERSE=inverse, HEAD_ROWS=rows, BLOCK_HALF=block_half,
             BLOCK_REST=block_rest, ACC=accumulator(q.dtype)[1], num_warps=WARPS,
@@ -229,18 +274,21 @@ def rope_triton(
 
 class Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool):
-        ctx.save_for_backward(cos, sin, positions)
+    def forward(
+        ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None,
+        interleaved: bool,
+    ):  # fmt: skip
+        ctx.save_for_backward(cos, sin, positions, cu_seqlens)
         ctx.interleaved = interleaved
-        return fwd(q, k, cos, sin, positions, interleaved, False)
+        return fwd(q, k, cos, sin, positions, cu_seqlens, interleaved, False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor):
-        return *bwd(dq, dk, *ctx.saved_tensors, ctx.interleaved, True), None, None, None, None
+        return *bwd(dq, dk, *ctx.saved_tensors, ctx.interleaved, True), None, None, None, None, None
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> None:
     check.shape("rope", q=(q, "... H D"), k=(k, "... G D"))
     check.shape("rope", cos=(cos, "P R/2"), sin=(sin, "P R/2"))
     check.dtype("rope", q=q)
@@ -254,6 +302,15 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | N
         raise ValueError(f"rope: cos must be on the device of q, {q.device}, got {cos.device}")
     if not 0 < 2 * cos.shape[1] <= q.shape[-1]:
         raise ValueError(f"rope: cos must be (P, R/2) with 0 < R <= D={q.shape[-1]}, got {tuple(cos.shape)}")
+    if cu_seqlens is not None:
+        if positions is not None:
+            raise ValueError("rope: positions and cu_seqlens exclude each other, got both")
+        check.dtype("rope", check.INTS, cu_seqlens=cu_seqlens)
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(f"rope: cu_seqlens must be (S + 1,), got {tuple(cu_seqlens.shape)}")
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"rope: cu_seqlens must be on the device of q, {q.device}, got {cu_seqlens.device}")
+        return
     if positions is None:
         if lead and lead[-1] > cos.shape[0]:
             raise ValueError(f"rope: cos must have a row for each of T={lead[-1]} positions, got {tuple(cos.shape)}")
@@ -266,25 +323,30 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | N
 
 
 def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *, interleaved: bool = False
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, *,
+    cu_seqlens: Tensor | None = None, interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rotate the first R dimensions of every head of ``q`` (..., H, D) and ``k`` (..., G, D) by its row's angles.
 
     ``cos``, ``sin`` (P, R/2) come from ``rope_tables`` and get no gradient; pairs are (i, i + R/2), or (2i, 2i + 1)
-    when ``interleaved``. ``positions``, (M,) int64 or int32 for the M rows or in the leading dimensions of q, default
-    to the index along the dimension before H. q and k may be views of a fused projection, with a unit stride in D.
+    when ``interleaved``. q and k may be views of a fused projection, with a unit stride in D. The position of a row is
 
-    Positions must lie in [0, P). On a GPU nothing looks at them, which would cost a synchronization, and others read
-    outside the tables; on a CPU they raise ``IndexError``. Raises ``ValueError`` on shapes and devices, ``TypeError``
-    on dtypes. Source: arXiv:2104.09864.
+    - in ``positions``, int64 or int32, (M,) for the M rows or in the leading dimensions of q;
+    - or its distance from the last of ``cu_seqlens`` (S + 1,), int64 or int32 and ascending from 0, that is not beyond
+      it: the documents packed in the M rows start there, empty ones among them; rows after the last one count from 0;
+    - or, with neither, its index along the dimension before H.
+
+    Positions must lie in [0, P). On a GPU nothing looks at them beforehand, which would cost a synchronization: the
+    rotated dimensions of others come out NaN, and nothing is read; on a CPU they raise ``IndexError``. Raises
+    ``ValueError`` on shapes and devices, ``TypeError`` on dtypes. Source: arXiv:2104.09864.
     """
-    _check(q, k, cos, sin, positions)
+    _check(q, k, cos, sin, positions, cu_seqlens)
     T = q.shape[-3] if q.ndim > 2 else 1
     B = math.prod(q.shape[:-3])
     q4, k4 = (x.reshape(B, T, *x.shape[-2:]) for x in (q, k))
     at = None if positions is None else positions.reshape(-1)
     if fwd.eager(q):
-        y = rope_ref(q4, k4, cos, sin, at, interleaved=interleaved)
+        y = rope_ref(q4, k4, cos, sin, at, cu_seqlens, interleaved=interleaved)
     else:
-        y = Rope.apply(q4, k4, cos, sin, at, interleaved)
+        y = Rope.apply(q4, k4, cos, sin, at, cu_seqlens, interleaved)
     return y[0].view(q.shape), y[1].view(k.shape)

@@ -54,5 +54,11 @@ class Case:
     bugs: tuple[Bug, ...] = ()
 
 
+def by_name(op: Callable, names: tuple[str, ...], *args: Tensor | None, **options: object) -> Tensor:
+    """``op`` with its last arguments given by name: a row is ``partial(by_name, ops.rope, ("cu_seqlens",))``."""
+    split = len(args) - len(names)
+    return op(*args[:split], **dict(zip(names, args[split:], strict=True)), **options)
+
+
 def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)

@@ -1,5 +1,7 @@
 """What is peculiar to rope: its conventions against transformers and complex numbers, its tables."""
 
+import interpreter
+import proof
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -117,6 +119,80 @@ def test_a_fused_projection_and_flat_rows(body):
         assert torch.equal(v, e) and torch.equal(f.view_as(e), e) and torch.equal(h, e)
 
 
+@bodies
+@pytest.mark.parametrize("integers", [torch.int64, torch.int32])
+def test_documents_are_rotated_as_if_alone(body, integers):
+    """Packed in rows, with and without a batch dimension, over the end of a batch row; empty ones at all places."""
+    lens, H, G, D = [0, 3, 0, 0, 7, 1, 9, 0], 3, 1, 16
+    B, T = 2, sum(lens) // 2
+    q, k, tables = torch.randn(B * T, H, D), torch.randn(B * T, G, D), rope_tables(9, D)
+    cu_seqlens = torch.tensor([0, *lens]).cumsum(0).to(integers)
+    positions = torch.cat([torch.arange(n) for n in lens])
+    parts = zip(q.split(lens), k.split(lens), strict=True)
+    with use(body):
+        alone = [torch.cat(x) for x in zip(*(ops.rope(*part, *tables) for part in parts if len(part[0])), strict=True)]
+        packed = ops.rope(q, k, *tables, cu_seqlens=cu_seqlens)
+        folded = ops.rope(q.view(B, T, H, D), k.view(B, T, G, D), *tables, cu_seqlens=cu_seqlens)
+        given = ops.rope(q, k, *tables, positions)
+    for a, p, f, g in zip(alone, packed, folded, given, strict=True):
+        assert torch.equal(p, a) and torch.equal(f.view_as(p), a) and torch.equal(g, a)
+
+
+@bodies
+@pytest.mark.parametrize("entries", [*range(1, 10), 31, 32, 33])
+def test_every_number_of_documents(body, entries):
+    """The search ends at the right offset for every row, whatever the number of halvings; rows follow the last one."""
+    q, tables = torch.randn(70, 1, 2), rope_tables(70, 2)
+    cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), torch.randint(0, 70, (entries - 1,)).sort().values))
+    positions = torch.tensor([row - max(c for c in cu_seqlens.tolist() if c <= row) for row in range(70)])
+    with use(body):
+        got, expected = ops.rope(q, q, *tables, cu_seqlens=cu_seqlens), ops.rope(q, q, *tables, positions)
+    assert torch.equal(got[0], expected[0])
+
+
+def test_gradients_that_are_views():
+    """dq and dk as parts of one gradient of a fused projection reach the kernel without a copy."""
+    B, T, H, G, D = 2, 5, 4, 2, 16
+    dqkv, tables = torch.randn(B, T, H + 2 * G, D), rope_tables(T, D)
+    q, k = torch.randn(B, T, H, D, requires_grad=True), torch.randn(B, T, G, D, requires_grad=True)
+    dq, dk = dqkv[:, :, :H], dqkv[:, :, H : H + G]
+    with use("triton"):
+        ys = ops.rope(q, k, *tables)
+        views = torch.autograd.grad(ys, (q, k), (dq, dk), retain_graph=True)
+        expected = torch.autograd.grad(ys, (q, k), (dq.contiguous(), dk.contiguous()), retain_graph=True)
+        if proof.DEVICE == "cpu":
+            with interpreter.recorded() as launches:
+                torch.autograd.grad(ys, (q, k), (dq, dk))
+            assert {dq.data_ptr(), dk.data_ptr()} <= {span.tensor.data_ptr() for span in launches[0].spans}
+    assert torch.equal(views[0], expected[0]) and torch.equal(views[1], expected[1])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_positions_outside_read_nothing(interleaved):
+    """In the kernel: NaN in the rotated dimensions of that row, the rest as ever. 2^32 is not 0."""
+    q, tables = torch.randn(6, 2, 10), rope_tables(8, 8)
+    positions = torch.tensor([0, -1, 8, 7, 2**32, -(2**40)])
+    outside = (positions < 0) | (positions >= 8)
+    with use("triton"):
+        got, _ = ops.rope(q, q, *tables, positions, interleaved=interleaved)
+        inside, _ = ops.rope(q, q, *tables, positions.where(~outside, 0), interleaved=interleaved)
+        # Rows before the first document, and a document longer than the tables.
+        before, _ = ops.rope(q, q, *tables, cu_seqlens=torch.tensor([2, 6]))
+        long, _ = ops.rope(q, q, *(t[:4] for t in tables), cu_seqlens=torch.tensor([0, 6]))
+    assert got[outside][..., :8].isnan().all() and torch.equal(got[~outside], inside[~outside])
+    assert torch.equal(got[..., 8:], q[..., 8:])
+    assert before[:2, :, :8].isnan().all() and not before[2:].isnan().any()
+    assert long[4:, :, :8].isnan().all() and not long[:4].isnan().any()
+
+
+def test_documents_outside_the_tables_on_a_cpu():
+    q, tables = torch.randn(6, 2, 8, device="cpu"), rope_tables(4, 8, device="cpu")
+    with pytest.raises(IndexError, match="rope: positions must be at least 0 and below P=4, got 0 to 5"):
+        ops.rope(q, q, *tables, cu_seqlens=torch.tensor([0, 6], device="cpu"))
+    with pytest.raises(IndexError, match="below P=4, got -2 to 1"):
+        ops.rope(q, q, *tables, cu_seqlens=torch.tensor([2, 4, 6], device="cpu"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [-1, 8])
 def test_position_outside_the_tables(dtype, wrong):
@@ -142,6 +218,16 @@ def test_errors_name_the_argument():
         ops.rope(q, k, cos, sin, torch.zeros(10))
     with pytest.raises(ValueError, match=r"rope: positions must be \(10,\) or \(2, 5\), got \(5,\)"):
         ops.rope(q, k, cos, sin, torch.arange(5))
+    cu_seqlens = torch.tensor([0, 10])
+    with pytest.raises(ValueError, match="rope: positions and cu_seqlens exclude each other, got both"):
+        ops.rope(q, k, cos, sin, torch.arange(10), cu_seqlens=cu_seqlens)
+    with pytest.raises(TypeError, match="rope: cu_seqlens must be one of"):
+        ops.rope(q, k, cos, sin, cu_seqlens=cu_seqlens.float())
+    for wrong in (cu_seqlens[:0], cu_seqlens[None]):
+        with pytest.raises(ValueError, match=r"rope: cu_seqlens must be \(S \+ 1,\), got"):
+            ops.rope(q, k, cos, sin, cu_seqlens=wrong)
+    with pytest.raises(ValueError, match="rope: cu_seqlens must be on the device of q"):
+        ops.rope(q, k, cos, sin, cu_seqlens=cu_seqlens.to("meta"))
     with pytest.raises(ValueError, match="rope_tables: R must be even and positive, got 7"):
         rope_tables(5, 7)
     with pytest.raises(ValueError, match="low_freq_factor < high_freq_factor"):

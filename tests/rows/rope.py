@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from case import Bug, Case, randn
+from case import Bug, Case, by_name, randn
 from torch import Tensor
 
 from fmcore import ops
@@ -22,6 +22,17 @@ def rope_inputs(R: int, use_positions: bool) -> Callable[..., tuple[Tensor | Non
         return randn(B, T, H, D), randn(B, T, G, D), cos, sin, positions
 
     return inputs
+
+
+def packed_inputs(B: int, T: int, H: int, G: int, D: int) -> tuple[Tensor, ...]:
+    """q, k, cos, sin, cu_seqlens of 16 entries, or 17, where a search takes one step more. The first document is empty.
+
+    The last offset is not the end, so that rows follow it.
+    """
+    cos, sin = rope.rope_tables(B * T, D // 2 * 2)
+    starts = torch.randint(0, B * T + 1, (14 + (B > 1),)).sort().values
+    cu_seqlens = torch.cat((starts.new_zeros(2), starts)).int()
+    return randn(B, T, H, D), randn(B, T, G, D), cos, sin, cu_seqlens
 
 
 _rope = Case(
@@ -66,8 +77,25 @@ CASES = {
         phantom=(1, 2**28, 16, 16, 4),
         bugs=(
             Bug("positions_ptr + batch * T + tokens", "positions_ptr + tokens", "exact", (2, 5, 3, 1, 80)),
+            Bug("(positions < P)", "(positions < P // 2)", "memory", (2, 5, 3, 1, 80)),
             Bug("(rest < D)", "(rest < D - 1)", "memory", (2, 5, 3, 1, 80)),
             Bug("first = block.to(tl.int64) * HEAD_ROWS", "first = block * HEAD_ROWS", "phantom"),
+        ),
+    ),
+    "rope-cu_seqlens": replace(
+        _rope,
+        op=partial(by_name, ops.rope, ("cu_seqlens",)),
+        ref=lambda q, k, cos, sin, cu_seqlens: rope.rope_ref(q, k, cos, sin, None, cu_seqlens),
+        inputs=packed_inputs,
+        shapes=((0, 5, 2, 2, 8), (2, 0, 3, 1, 8), (1, 1, 1, 1, 2), (1, 37, 6, 2, 96), (3, 65, 2, 1, 64)),
+        phantom=(),  # the row before has every address that this one has
+        bugs=(
+            Bug("for _ in range(steps)", "for _ in range(steps - 1)", "exact", (3, 65, 2, 1, 64)),
+            Bug(".to(tl.int64) <= rows", ".to(tl.int64) < rows", "exact", (3, 65, 2, 1, 64)),
+            Bug("where(reached, middle, low)", "where(reached, middle - 1, low)", "exact", (1, 37, 6, 2, 96)),
+            Bug("high = low + S", "high = low + S - 1", "exact", (3, 65, 2, 1, 64)),
+            Bug("S.bit_length()", "(S - 1).bit_length()", "exact", (3, 65, 2, 1, 64)),
+            Bug("positions = batch * T + tokens\n", "positions = tokens\n", "exact", (3, 65, 2, 1, 64)),
         ),
     ),
     "rope-partial": replace(
