@@ -9,10 +9,7 @@ record as JSON; --out appends it to a file.
 
 import argparse
 import json
-import platform
-import random
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.plain import PlainDecoder
+from benchmarks.timing import append, environment, ratio_interval
 from fmcore.data.corpus import read_documents, split_documents
 from fmcore.data.packing import Batch, Loader, pack
 from fmcore.data.shards import build_shards
@@ -79,23 +77,6 @@ def check_equal(ours: Decoder, plain: PlainDecoder, batch: Batch) -> float:
     return worst
 
 
-def ratio_interval(a: list[float], b: list[float], seed: int = 0) -> tuple[float, float, float]:
-    """Median of the paired ratios b / a and a 95 % bootstrap interval of it."""
-    ratios = [y / x for x, y in zip(a, b, strict=True)]
-    draw = random.Random(seed)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return statistics.median(ratios), medians[50], medians[1949]
-
-
-def commit() -> str:
-    """The commit that was measured, marked ``-dirty`` if files differ from it; "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60, help="timed steps of each model")
@@ -133,10 +114,7 @@ def main() -> None:
     median, low, high = ratio_interval(times["fmcore"], times["plain"])
     record = {
         "benchmark": "demo",
-        "commit": commit(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **environment(device),
         "preset": recipe.preset,
         "vocab_size": config.vocab_size,
         "dtype": str(dtype)[6:],
@@ -153,9 +131,7 @@ def main() -> None:
     print(f"fmcore / plain: {median:.3f}, 95 % interval {low:.3f} to {high:.3f}")
     print(json.dumps(record))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append(args.out, record)
 
 
 if __name__ == "__main__":

@@ -143,41 +143,69 @@ def _why_no_gpu(cuda: str | None, driver: str | None) -> str:
     return "no driver answers" if driver is None else "torch sees no device (CUDA_VISIBLE_DEVICES?)"
 
 
-def _operators() -> list[dict[str, str]]:
-    """For each public operator and direction: its bodies, the one that runs, and why."""
+def _operators() -> list[dict[str, Any]]:
+    """For each public operator its bodies, the one that runs here, and why; then operators with no function of ours."""
     import torch
 
+    # Imported for what it registers: an optimizer may have kernels that no public function calls.
+    import fmcore.optim  # noqa: F401
     from fmcore import ops
-    from fmcore.op import OPS
+    from fmcore.op import OPS, behind
 
-    x = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
-    names = [name for name, fn in vars(ops).items() if getattr(fn, "__module__", "").startswith("fmcore.kernels")]
-    for public in names:
-        parts = [op for name, op in OPS.items() if name in (public, f"{public}_fwd", f"{public}_bwd")]
-        if not parts:
-            why = "PyTorch paths only; no kernel of its own yet"
-            rows.append({"operator": public, "runs": "eager", "bodies": "eager", "why": why})
-        rows += [_operator(op, x) for op in parts]
-    return rows
+    x = torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    public = {name: fn for name, fn in vars(ops).items() if getattr(fn, "__module__", "").startswith("fmcore.kernels.")}
+    parts = {name: behind(fn) for name, fn in public.items()}
+    shown = {op.name for found in parts.values() for op in found}
+    parts |= {name: [op] for name, op in OPS.items() if name not in shown and op.module.startswith("fmcore.")}
+    return [_row(name, [_part(op, x) for op in found]) for name, found in parts.items()]
 
 
-def _operator(op: Any, x: Any) -> dict[str, str]:
-    """One row of the table, for arguments like ``x``."""
+def _row(name: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the table: an operator and what its parts, mostly forward and backward, run."""
+    if not parts:
+        why = "PyTorch paths only; no kernel of its own yet"
+        return {"operator": name, "runs": "eager", "bodies": ["eager"], "why": why, "parts": []}
+    runs = {part["name"].removeprefix(f"{name}_"): part["runs"] for part in parts}
+    return {
+        "operator": name,
+        "runs": parts[0]["runs"] if len({*runs.values()}) == 1 else ", ".join(f"{k} {v}" for k, v in runs.items()),
+        "bodies": list(dict.fromkeys(body for part in parts for body in part["bodies"])),
+        "why": "; ".join(dict.fromkeys(part["why"] for part in parts)),
+        "parts": parts,
+    }
+
+
+def _part(op: Any, x: Any) -> dict[str, Any]:
+    """What one operator of the dispatcher runs for tensors on the device of ``x``, and why nothing else."""
     forced = op._choice()
-    taken = [name for name, (_, accepts) in op.bodies.items() if accepts(x)]
-    runs = forced or ("eager" if op.eager(x) or not taken else taken[-1])
+    taken = [name for name, (_, accepts) in op.bodies.items() if _takes(op, accepts, x)]
+    # As Op.eager says: on a CPU only a body of that name replaces the plain path.
+    runs = forced or (taken[-1] if taken and (x.is_cuda or "cpu" in taken) else "eager")
     notes = []
     for name in reversed([name for name in op.bodies if name != runs]):
         place = "CPU" if name == "cpu" else "GPU"
         notes.append(f"{name} needs a {place}" if x.is_cuda != (place == "GPU") else f"{name} is slower")
     notes += ["eager is the plain formula"] if runs != "eager" else []
     return {
-        "operator": op.name,
+        "name": op.name,
         "runs": runs,
-        "bodies": " ".join(["eager", *op.bodies]),
+        "bodies": ["eager", *op.bodies],
         "why": "asked for by FMCORE_BODY" if forced else "; ".join(notes),
     }
+
+
+def _takes(op: Any, accepts: Callable[..., bool], x: Any) -> bool:
+    """Whether a body takes tensors like ``x`` in some shape of a training step; nobody reads their values."""
+    by_type = {"Tensor": lambda t: t, "List[Tensor]": lambda t: [t], "bool": lambda t: False, "int": lambda t: 1}
+    kinds = [str(argument.type) for argument in op._overload._schema.arguments]
+    for shape in ((1024, 1024), (4, 1024, 16, 64), (4096, 16, 64), (2**20,)):
+        t = x.expand(shape)
+        try:
+            if accepts(*(by_type.get(kind, lambda t: None)(t) for kind in kinds)):
+                return True
+        except Exception:  # a look at a number or a dimension that these arguments do not have
+            continue
+    return False
 
 
 def _presets() -> list[str]:
@@ -193,8 +221,11 @@ def render(found: dict[str, Any]) -> str:
     lines += [_package(name, about) for name, about in found["packages"].items()]
     lines += ["", *_devices(found)]
     if found["operators"]:
-        lines += ["", f"{'operator':24} {'runs':8} why"]
-        lines += [f"{row['operator']:24} {row['runs']:8} {row['why']}" for row in found["operators"]]
+        lines += ["", f"{'operator':22} {'bodies':18} {'runs':8} why"]
+        lines += [
+            f"{row['operator']:22} {' '.join(row['bodies']):18} {row['runs']:8} {row['why']}"
+            for row in found["operators"]
+        ]
     lines += [f"FMCORE_BODY={found['fmcore_body']}" if found["fmcore_body"] else "FMCORE_BODY is not set"]
     lines += ["presets: " + ", ".join(found["presets"])] if found["presets"] else []
     lines += ["", *(f"problem: {problem}" for problem in found["problems"])]

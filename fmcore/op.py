@@ -7,6 +7,7 @@ activation checkpointing, FLOP counters and the profiler see it too. Which body 
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -107,3 +108,19 @@ def use(body: str, op: str = "*") -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
+
+
+def behind(fn: Callable) -> list[Op]:
+    """The operators that a public function of kernels/ stands for.
+
+    Those of its file: the ones that bear its name if there are any, else all. Where its file defines none, those of the
+    files of kernels/ that it takes something from.
+    """
+    own = [op for op in OPS.values() if op.module == fn.__module__]
+    if own:
+        stem = fn.__name__.rstrip("_")
+        return [op for op in own if op.name == stem or op.name.startswith(f"{stem}_")] or own
+    used = vars(sys.modules[fn.__module__]).values()
+    # An operator names its file itself; functions and classes know theirs; a module is one.
+    files = {x.module if isinstance(x, Op) else getattr(x, "__module__", getattr(x, "__name__", "")) for x in used}
+    return [op for op in OPS.values() if op.module in files]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from cases import CASES
+from operators import public
 
+from benchmarks.rows import ROWS
 from fmcore import ops
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,11 @@ def room(path: Path) -> str:
 def test_operator_is_in_the_index(name):
     public = [n for n in dir(ops) if getattr(getattr(ops, n), "__module__", "") == f"fmcore.kernels.{name}"]
     assert public, f"fmcore/ops.py has no line for kernels/{name}.py"
+
+
+@pytest.mark.parametrize("name", public())
+def test_operator_is_measured(name):
+    assert name in ROWS, f"benchmarks/rows.py has no row for {name}"
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import operators
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -49,3 +52,28 @@ def test_options_on_the_command_line_exist():
         module, name, _ = COMMANDS[command]
         options, _ = parse(getattr(importlib.import_module(module), name), shlex.split(rest), command)
         assert type(options).__name__ == name
+
+
+def test_the_table_of_operators_is_up_to_date():
+    _, inside, _ = operators.parts(README)
+    assert inside == operators.table(), f"README's table of operators is stale: run {operators.COMMAND}"
+
+
+def test_the_table_of_operators_tells_each_one():
+    rows = [line.split(" | ") for line in operators.table().splitlines()[2:]]
+    assert [row[0].split("`")[1] for row in rows] == list(operators.public())
+    for name, what, _, bodies, proven in rows:
+        assert what and "eager" in bodies and "](tests/" in proven, name
+    assert len(max(operators.table().splitlines(), key=len)) <= 600, "a table is read, not scrolled"
+
+
+def test_writing_the_table_changes_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(operators, "README", tmp_path / "README.md")
+    monkeypatch.setattr(sys, "argv", ["operators.py", "--write"])
+    before, inside, after = operators.parts(README)
+    operators.README.write_text(before + "| stale |" + after)
+    operators.main()
+    assert operators.README.read_text() == before + operators.table() + after
+    operators.README.write_text("no markers")
+    with pytest.raises(SystemExit, match="wanted the lines <!-- operators"):
+        operators.main()
