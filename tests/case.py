@@ -13,7 +13,7 @@ class Bug:
 
     ``caught_by`` is one of ``exact`` (wrong numbers in an output or a gradient on ``shape``), ``memory`` (on views with
     padded rows a lane out of bounds, a race or an element never written), ``phantom`` (addresses beyond 2^31).
-    Every occurrence of ``old`` is replaced.
+    Every occurrence of ``old`` is replaced, in the operator's own file or in ``file``, one that it imports from.
     """
 
     old: str
@@ -21,6 +21,7 @@ class Bug:
     caught_by: str
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,9 @@ class Case:
 
 def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
+
+
+def by_name(fn: Callable, names: tuple[str, ...], *args: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    """``fn`` with the last of ``args`` under ``names``: a row writes ``partial(by_name, ops.op, ("residual",))``."""
+    first = len(args) - len(names)
+    return fn(*args[:first], **dict(zip(names, args[first:], strict=True)))
