@@ -36,22 +36,62 @@ class LayerNorm(nn.Module):
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
-class SwiGLU(nn.Module):
-    """``silu(gate) * up`` of a packed (..., 2F) input, gate first."""
+class _Activation(nn.Module):
+    """An activation with a parameter that is added to its input first, when ``bias`` says of which size."""
+
+    def __init__(self, bias: int | None = None):
+        super().__init__()
+        self.bias = None if bias is None else nn.Parameter(torch.zeros(bias))
+
+
+class SwiGLU(_Activation):
+    """``silu(gate) * up`` of a packed (..., 2F) input, gate first; ``bias``, if any, is 2F."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.swiglu(x)
+        return ops.swiglu(x, bias=self.bias)
 
 
-class GELU(nn.Module):
-    """``x * Phi(x)``, Phi approximated with tanh or, with ``approximate="none"``, exact by erf."""
+class GEGLU(_Activation):
+    """``gelu(gate) * up`` of a packed (..., 2F) input, gate first; ``approximate`` as for ``GELU``, ``bias`` 2F."""
 
-    def __init__(self, approximate: str = "tanh"):
-        super().__init__()
+    def __init__(self, approximate: str = "tanh", bias: int | None = None):
+        super().__init__(bias)
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.gelu(x, self.approximate)
+        return ops.geglu(x, approximate=self.approximate, bias=self.bias)
+
+
+class ReGLU(_Activation):
+    """``max(gate, 0) * up`` of a packed (..., 2F) input, gate first; ``bias``, if any, is 2F."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.reglu(x, bias=self.bias)
+
+
+class GELU(_Activation):
+    """``x * Phi(x)``, Phi approximated with tanh or, with ``approximate="none"``, exact; ``bias``, if any, is N."""
+
+    def __init__(self, approximate: str = "tanh", bias: int | None = None):
+        super().__init__(bias)
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.gelu(x, self.approximate, bias=self.bias)
+
+
+class QuickGELU(_Activation):
+    """``x * sigmoid(1.702 x)``, the activation of CLIP; ``bias``, if any, is N, the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.quick_gelu(x, bias=self.bias)
+
+
+class ReLUSquared(_Activation):
+    """``max(x, 0)^2``; ``bias``, if any, is N, the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.relu_squared(x, bias=self.bias)
 
 
 class Dropout(nn.Dropout):

@@ -61,3 +61,17 @@ def element_tile(N: int) -> tuple[int, int, int]:
     """
     block_n = min(1024, max(64, N & -N))
     return SMALLEST_TILE // block_n, block_n, SMALLEST_TILE // (32 * ELEMENTS_PER_THREAD)
+
+
+def column_sums(M: int, N: int, sums: int, device: torch.device) -> tuple[tuple[int, int, int], int, int, int]:
+    """(``element_tile``, programs for each block of columns, tiles of each program, blocks) of an elementwise backward.
+
+    With ``sums`` running sums over rows there are as many programs in all as ``persistent`` says; with none, one a
+    tile. Two sums take twice the warps: with 4 they need up to 168 registers a thread, with 8 no more than 111
+    (tests/resources.json), and ``persistent`` counts on 128.
+    """
+    rows, block_n, warps = element_tile(N)
+    warps *= max(1, sums)
+    row_tiles, blocks = triton.cdiv(M, rows), triton.cdiv(N, block_n)
+    each = max(1, persistent(row_tiles * blocks, device, warps)[1]) if sums else 1
+    return (rows, block_n, warps), triton.cdiv(row_tiles, each), each, blocks

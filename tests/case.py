@@ -13,7 +13,7 @@ class Bug:
 
     ``caught_by`` is one of ``exact`` (wrong numbers in an output or a gradient on ``shape``), ``memory`` (on views with
     padded rows a lane out of bounds, a race or an element never written), ``phantom`` (addresses beyond 2^31).
-    Every occurrence of ``old`` is replaced.
+    Every occurrence of ``old`` is replaced, in the operator's own file or in ``file``, one that it imports from.
     """
 
     old: str
@@ -21,6 +21,7 @@ class Bug:
     caught_by: str
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Case:
     bugs: tuple[Bug, ...] = ()
 
 
-def by_name(op: Callable, names: tuple[str, ...], *args: Tensor | None, **options: object) -> Tensor:
+def by_name(
+    op: Callable, names: tuple[str, ...], *args: Tensor | None, **options: object
+) -> Tensor | tuple[Tensor, ...]:
     """``op`` with its last arguments given by name: a row is ``partial(by_name, ops.rope, ("cu_seqlens",))``."""
     split = len(args) - len(names)
     return op(*args[:split], **dict(zip(names, args[split:], strict=True)), **options)

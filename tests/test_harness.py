@@ -1,12 +1,14 @@
 """The tests of operators have teeth: bugs planted in the source of each one turn them red.
 
-A bug is a line of a row in cases.py. The operator's file is copied with the bug in it, imported under operator names of
-its own, and put through the same check that the real one passes; the copy without a bug must pass.
+A bug is a line of a row in cases.py. The operator's file is copied with the bug in it, or in a copy of a file that
+it imports from, imported under operator names of its own, and put through the same check that the real one passes; the
+copy without a bug must pass.
 """
 
 import importlib.util
 import itertools
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -36,17 +38,26 @@ def planted(tmp_path: Path) -> Iterator[Callable[[Case, Bug | None], Case]]:
     """``planted(case, bug)``: the case with its operator taken from a copy of its file that has the bug."""
     before = dict(op_file.OPS)
 
-    def plant(case: Case, bug: Bug | None) -> Case:
-        source = (KERNELS / case.file).read_text()
+    def copy(file: str, bug: Bug | None) -> ModuleType:
+        source = (KERNELS / file).read_text()
         if bug:
-            assert bug.old in source, f"kernels/{case.file} no longer holds {bug.old!r}: plant the bug elsewhere"
+            assert bug.old in source, f"kernels/{file} no longer holds {bug.old!r}: plant the bug elsewhere"
             source = source.replace(bug.old, bug.new)
         # The dispatcher knows each operator's name once.
         number = next(_counter)
-        source = re.sub(r'(Op\(\s*")(\w+)\(', rf"\g<1>\g<2>_planted{number}(", source)
+        source = re.sub(r'(Op\(\s*f?")([\w{}]+)\(', rf"\g<1>\g<2>_planted{number}(", source)
         path = tmp_path / f"planted{number}.py"
         path.write_text(source)
-        return replace(case, op=_from(_module(path), case.op))
+        return _module(path)
+
+    def plant(case: Case, bug: Bug | None) -> Case:
+        if bug is None or bug.file in ("", case.file):
+            return replace(case, op=_from(copy(case.file, bug), case.op))
+        shared = f"fmcore.kernels.{Path(bug.file).stem}"
+        with pytest.MonkeyPatch.context() as patch:
+            # What the operator's copy imports from is the copy with the bug.
+            patch.setitem(sys.modules, shared, copy(bug.file, bug))
+            return replace(case, op=_from(copy(case.file, None), case.op))
 
     yield plant
     op_file.OPS.clear()
@@ -61,8 +72,8 @@ def _module(path: Path) -> ModuleType:
 
 
 def _from(module: ModuleType, op: Callable) -> Callable:
+    """``op`` of ``module``, also as what a partial function calls or hands to a function of the tests."""
     if isinstance(op, partial):
-        # What is not in the module, a helper of the row, stays; of its arguments the operator is taken from the module.
         args = (_from(module, a) if callable(a) else a for a in op.args)
         return partial(_from(module, op.func), *args, **op.keywords)
     return getattr(module, op.__name__, op)
