@@ -150,7 +150,8 @@ def _operators() -> list[dict[str, str]]:
     from fmcore import ops
     from fmcore.op import OPS
 
-    x = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
+    # As large as in training: for a few rows a body for the CPU may leave the work to the plain path.
+    x = torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu").expand(1024, 1024)
     rows = []
     names = [name for name, fn in vars(ops).items() if getattr(fn, "__module__", "").startswith("fmcore.kernels")]
     for public in names:

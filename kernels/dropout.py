@@ -26,6 +26,6 @@ def dropout_factor_ref(seed: Tensor, M: int, N: int, p: float) -> Tensor:
         b, a = _ROUND_B * c2, _ROUND_A * c0
         c0, c1, c2, c3 = ((b >> 32) & _LOW) ^ c1 ^ k0, b & _LOW, ((a >> 32) & _LOW) ^ c3 ^ k1, a & _LOW
         k0, k1 = (k0 + _KEY_A) & _LOW, (k1 + _KEY_B) & _LOW
-    words = torch.stack((c0, c1, c2, c3), -1).view(M, -1)[:, :N]
+    words = torch.stack((c0, c1, c2, c3), -1).view(M, 4 * -(-N // 4))[:, :N]
     draws = dropout_draws(p)
     return (words >= draws).double() * (2**32 / (2**32 - draws))

@@ -56,3 +56,9 @@ class Case:
 
 def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
+
+
+def by_name(fn: Callable, names: tuple[str, ...], *args: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    """``fn`` with the last of ``args`` under ``names``: a row writes ``partial(by_name, ops.op, ("residual",))``."""
+    first = len(args) - len(names)
+    return fn(*args[:first], **dict(zip(names, args[first:], strict=True)))

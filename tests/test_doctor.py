@@ -61,7 +61,7 @@ def test_the_table_tells_what_really_runs(monkeypatch):
                 return fn(*args)
 
             monkeypatch.setitem(known.bodies, body, (spy, accepts))
-    x = torch.randn(4, 8, requires_grad=True, device="cuda" if torch.cuda.is_available() else "cpu")
+    x = torch.randn(512, 256, requires_grad=True, device="cuda" if torch.cuda.is_available() else "cpu")
     ops.rms_norm(x, torch.ones_like(x[0])).sum().backward()
     ops.layer_norm(x, torch.ones_like(x[0])).sum().backward()
     ops.gelu(x).sum().backward()

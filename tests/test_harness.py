@@ -61,9 +61,11 @@ def _module(path: Path) -> ModuleType:
 
 
 def _from(module: ModuleType, op: Callable) -> Callable:
+    """``op`` of ``module``, also as what a partial function calls or hands to a function of the tests."""
     if isinstance(op, partial):
-        return partial(_from(module, op.func), *op.args, **op.keywords)
-    return getattr(module, op.__name__)
+        args = (_from(module, a) if callable(a) else a for a in op.args)
+        return partial(_from(module, op.func), *args, **op.keywords)
+    return getattr(module, op.__name__, op)
 
 
 def exact(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> None:
