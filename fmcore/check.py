@@ -48,3 +48,21 @@ def same(op: str, **args: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} must be on the device of {first}, {x.device}, got {t.device}")
         if t.dtype != x.dtype:
             raise TypeError(f"{op}: {name} must have the dtype of {first}, {str(x.dtype)[6:]}, got {str(t.dtype)[6:]}")
+
+
+def dropout(op: str, p: float, seed: Tensor | None, x: Tensor) -> Tensor | None:
+    """The seed for dropout on ``x`` with probability ``p``: the given one, else one from PyTorch's generator.
+
+    ``None`` when nothing is dropped. ``ValueError`` unless ``p`` is in [0, 1) and a given ``seed`` an int64 tensor (1,)
+    on the device of ``x``; ``TypeError`` on its dtype.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"{op}: dropout must be from 0 to below 1, got {p}")
+    if seed is not None:
+        shape(op, seed=(seed, "1"))
+        dtype(op, (torch.int64,), seed=seed)
+        if seed.device != x.device:
+            raise ValueError(f"{op}: seed must be on the device of x, {x.device}, got {seed.device}")
+    if p == 0:
+        return None
+    return torch.randint(2**62, (1,), device=x.device) if seed is None else seed

@@ -3,6 +3,7 @@
 ``RMSNorm``, ``LayerNorm``, ``GELU``, ``Dropout`` and ``Embedding`` can stand in for their ``torch.nn`` namesakes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,29 +12,75 @@ from torch import Tensor, nn
 from fmcore import ops
 
 
-class RMSNorm(nn.Module):
-    """``x * weight / sqrt(mean(x^2) + eps)`` over the last dimension, of size ``width``."""
+class _Norm(nn.Module):
+    """What the two norms share: a weight that starts so that offset + weight is 1, and dropout while training."""
 
-    def __init__(self, width: int, eps: float = 1e-6):
+    def __init__(
+        self, width: int | Sequence[int], elementwise_affine: bool, offset: float, dropout: float,
+        device: torch.device | str | None, dtype: torch.dtype | None,
+    ):  # fmt: skip
         super().__init__()
+        if not isinstance(width, int):
+            if len(width) != 1:
+                raise ValueError(f"{type(self).__name__}: width must be one number, got {tuple(width)}")
+            width = width[0]
+        self.width, self.offset, self.dropout = width, offset if elementwise_affine else 0.0, dropout
+        self.weight = (
+            nn.Parameter(torch.full((width,), 1.0 - offset, device=device, dtype=dtype)) if elementwise_affine else None
+        )
+
+    def reset_parameters(self) -> None:
+        for name, p in self.named_parameters():
+            nn.init.constant_(p, 0.0 if name == "bias" else 1.0 - self.offset)
+
+    def options(self, residual: Tensor | None) -> dict[str, Any]:
+        dropout = self.dropout if self.training else 0.0
+        return {"residual": residual, "offset": self.offset, "dropout": dropout}
+
+    def extra_repr(self) -> str:
+        affine = self.weight is not None
+        return f"{self.width}, elementwise_affine={affine}, offset={self.offset}, dropout={self.dropout}"
+
+
+class RMSNorm(_Norm):
+    """``x * (offset + weight) / sqrt(mean(x^2) + eps)`` over the last dimension, of size ``width``.
+
+    With a ``residual`` it norms the sum ``residual + dropout(x)`` and returns (y, sum); ``dropout`` is a probability
+    and acts in training only. ``eps=None`` is the distance from 1 to the next number of the dtype of ``x``.
+    """
+
+    def __init__(
+        self, width: int | Sequence[int], eps: float | None = 1e-6, elementwise_affine: bool = True,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+        offset: float = 0.0, dropout: float = 0.0,
+    ):  # fmt: skip
+        super().__init__(width, elementwise_affine, offset, dropout, device, dtype)
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return ops.rms_norm(x, self.weight, eps, **self.options(residual))
 
 
-class LayerNorm(nn.Module):
-    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension, of size ``width``."""
+class LayerNorm(_Norm):
+    """``(x - mean) / sqrt(var + eps) * (offset + weight) + bias`` over the last dimension, of size ``width``.
 
-    def __init__(self, width: int, eps: float = 1e-5, bias: bool = True):
-        super().__init__()
+    With a ``residual`` it norms the sum ``residual + dropout(x)`` and returns (y, sum); ``dropout`` is a probability
+    and acts in training only.
+    """
+
+    def __init__(
+        self, width: int | Sequence[int], eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+        offset: float = 0.0, dropout: float = 0.0,
+    ):  # fmt: skip
+        super().__init__(width, elementwise_affine, offset, dropout, device, dtype)
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        affine = elementwise_affine and bias
+        self.bias = nn.Parameter(torch.zeros(self.width, device=device, dtype=dtype)) if affine else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, **self.options(residual))
 
 
 class _Activation(nn.Module):

@@ -54,14 +54,16 @@ class Op:
 
         return register
 
-    def eager(self, x: torch.Tensor) -> bool:
+    def eager(self, *args: Any) -> bool:
         """Whether the caller should take its plain PyTorch path.
 
-        It should when that was asked for by name, and for a tensor ``x`` that is not on a GPU when the operator has no
-        body for a CPU.
+        It should when that was asked for by name, and for a first argument that is not on a GPU when the operator has
+        no body for a CPU that accepts ``args``.
         """
         forced = self._choice()
-        return forced == "eager" or (forced is None and not x.is_cuda and "cpu" not in self.bodies)
+        if forced is not None or args[0].is_cuda:
+            return forced == "eager"
+        return "cpu" not in self.bodies or not self.bodies["cpu"][1](*args)
 
     def _choice(self) -> str | None:
         """The body that was asked for, by the operator's name or for all; ``None`` when none was."""

@@ -1,5 +1,7 @@
 """Pieces of kernels and of their launchers that two or more operators use."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -48,3 +50,64 @@ def dropout_factor(seed_ptr, rows, start, N, DROP: tl.constexpr, ROWS: tl.conste
 def dropout_draws(p: float) -> int:
     """How many of the 2^32 draws of ``dropout_factor`` drop an element, for a probability ``p`` in [0, 1)."""
     return int(p * 2**32)
+
+
+def as_rows(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors of one shape (..., N) as views (M, H, N) with unit columns: row m * H + h of the whole is [m, h].
+
+    The leading dimensions are cut into two groups where most tensors fit without a copy, the others are copied. H is 1
+    where the rows of each lie evenly; the heads that norms of q and k get from a fused projection need both strides.
+    """
+    given = [t for t in tensors if t is not None]
+    *lead, N = given[0].shape
+    if all([t.is_contiguous() for t in given]):
+        # What the next lines would find, without the time they take.
+        return [t if t is None else t.view(math.prod(lead), 1, N) for t in tensors]
+    # The first of the best, and so H = 1 if that will do.
+    cut = max(range(len(lead), 0, -1), key=lambda i: sum(_fits(t, i) for t in given), default=0)
+    shape = math.prod(lead[:cut]), math.prod(lead[cut:]), N
+    return [t if t is None else (t if _fits(t, cut) else t.contiguous()).view(shape) for t in tensors]
+
+
+def _fits(t: Tensor, cut: int) -> bool:
+    """Whether ``t`` has unit columns, and even steps along its leading dimensions, up to ``cut`` and from there on."""
+    if t.is_contiguous():
+        return True
+    size, stride = t.shape, t.stride()
+    groups = [[i for i in dims if size[i] != 1] for dims in (range(cut), range(cut, t.ndim - 1))]
+    return (size[-1] == 1 or stride[-1] == 1) and all(
+        stride[i] == size[j] * stride[j] for dims in groups for i, j in zip(dims, dims[1:], strict=False)
+    )
+
+
+@triton.jit
+def load_weight(w_ptr, cols, N, OFFSET: tl.constexpr, ACC: tl.constexpr):
+    """OFFSET + w (1, BLOCK) at ``cols``, added in ACC: Gemma's 1 + w loses bits in bf16. Ones where there is no w."""
+    if w_ptr is None:
+        w = tl.full(cols.shape, 1.0, ACC)
+    else:
+        w = tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(ACC) + OFFSET
+    return w[None, :]
+
+
+@triton.jit
+def load_sum(
+    x_ptr, residual_ptr, sum_ptr, seed_ptr, rows, flat, start, stride_x, stride_r, mask, N,
+    DROP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The tile of residual + dropout(x) from column ``start``, rounded to the dtype of x; 0 off the mask.
+
+    Without a ``residual_ptr`` or without DROP that part is left out. With a ``sum_ptr`` the tile is stored there, at
+    the rows ``flat`` of a contiguous matrix, which also say what dropout draws.
+    """
+    cols = start + tl.arange(0, BLOCK)
+    s = load_tile(x_ptr, rows, cols, stride_x, mask, ACC)
+    if DROP > 0:
+        s *= dropout_factor(seed_ptr, flat, start, N, DROP, ROWS, BLOCK)
+    if residual_ptr is not None:
+        s += load_tile(residual_ptr, rows, cols, stride_r, mask, ACC)
+    if DROP > 0 or residual_ptr is not None:
+        s = s.to(x_ptr.dtype.element_ty).to(ACC)
+    if sum_ptr is not None:
+        store_tile(sum_ptr, flat, cols, N, mask, s)
+    return s

@@ -33,11 +33,12 @@ def sm_count(device: torch.device) -> int:
 def row_tile(N: int, widest: int) -> tuple[int, int, int]:
     """(ROWS, BLOCK_N, num_warps) for rows of ``N`` elements held whole, or in blocks of ``widest`` when that is less.
 
-    Depends on ``N`` alone: a formula that looked at the number of rows would compile anew for each batch size.
+    Depends on ``N`` alone: a formula that looked at the number of rows would compile anew for each batch size. Blocks
+    are multiples of 4, as dropout draws. At most 16 warps: an AMD warp has 64 lanes, and 1024 threads are the most.
     """
-    block_n = min(triton.next_power_of_2(N), widest)
+    block_n = min(max(4, triton.next_power_of_2(N)), widest)
     rows = max(1, SMALLEST_TILE // block_n)
-    return rows, block_n, min(32, max(4, rows * block_n // (32 * ELEMENTS_PER_THREAD)))
+    return rows, block_n, min(16, max(4, rows * block_n // (32 * ELEMENTS_PER_THREAD)))
 
 
 def persistent(tiles: int, device: torch.device, num_warps: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,9 +56,7 @@ class Case:
     bugs: tuple[Bug, ...] = ()
 
 
-def by_name(
-    op: Callable, names: tuple[str, ...], *args: Tensor | None, **options: object
-) -> Tensor | tuple[Tensor, ...]:
+def by_name(op: Callable, names: tuple[str, ...], *args: Tensor | None, **options: object) -> Any:
     """``op`` with its last arguments given by name: a row is ``partial(by_name, ops.rope, ("cu_seqlens",))``."""
     split = len(args) - len(names)
     return op(*args[:split], **dict(zip(names, args[split:], strict=True)), **options)

@@ -90,6 +90,10 @@ def test_eager_on_a_cpu_unless_there_is_a_body_for_it():
         assert not double.eager(x)
         with use("eager"):
             assert double.eager(x)
+        double.body("cpu", accepts=lambda x: x.numel() > 3)(_slow)
+        assert double.eager(x) and not double.eager(torch.ones(4))
+        with use("cpu"):
+            assert not double.eager(x)
     finally:
         del double.bodies["cpu"]
 
