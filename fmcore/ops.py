@@ -5,6 +5,8 @@ from fmcore.kernels.attention import attention as attention
 from fmcore.kernels.gelu import gelu as gelu
 from fmcore.kernels.layer_norm import layer_norm as layer_norm
 from fmcore.kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from fmcore.kernels.lion import lion_ as lion_
+from fmcore.kernels.muon import muon_ as muon_
 from fmcore.kernels.rms_norm import rms_norm as rms_norm
 from fmcore.kernels.rope import rope as rope
 from fmcore.kernels.swiglu import swiglu as swiglu
