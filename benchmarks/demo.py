@@ -94,7 +94,7 @@ def main() -> None:
     plain.load_state_dict(ours.state_dict())
     options = recipe.train
     steps = {
-        "fmcore": fmcore_step(ours, AdamW(decay_groups(ours, 0.1), lr=1e-4)),
+        "fmcore": fmcore_step(ours, AdamW(decay_groups(ours, 0.1), lr=1e-4, betas=(0.9, 0.95))),
         "plain": plain_step(plain, torch.optim.AdamW(decay_groups(plain, 0.1), lr=1e-4, betas=(0.9, 0.95), fused=True)),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}

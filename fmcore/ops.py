@@ -12,5 +12,7 @@ from fmcore.kernels.glu import reglu as reglu
 from fmcore.kernels.glu import swiglu as swiglu
 from fmcore.kernels.layer_norm import layer_norm as layer_norm
 from fmcore.kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from fmcore.kernels.lion import lion_ as lion_
+from fmcore.kernels.muon import muon_ as muon_
 from fmcore.kernels.rms_norm import rms_norm as rms_norm
 from fmcore.kernels.rope import rope as rope

@@ -52,6 +52,21 @@ def dropout_draws(p: float) -> int:
     return int(p * 2**32)
 
 
+def philox_ref(seed: Tensor, groups: Tensor, rounds: int = 7) -> Tensor:
+    """The words (..., 4) of Philox-4x32 under the 64-bit key ``seed`` for each counter of ``groups`` (...), both int64.
+
+    In [0, 2^32), by 64-bit integers, whose products wrap but keep all their bits: what ``tl.randint4x`` draws.
+    """
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = groups & low, (groups >> 32) & low, torch.zeros_like(groups), torch.zeros_like(groups)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(rounds):
+        b, a = 0xCD9E8D57 * c2, 0xD2511F53 * c0
+        c0, c1, c2, c3 = ((b >> 32) & low) ^ c1 ^ k0, b & low, ((a >> 32) & low) ^ c3 ^ k1, a & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack((c0, c1, c2, c3), -1)
+
+
 def as_rows(*tensors: Tensor | None) -> list[Tensor | None]:
     """Tensors of one shape (..., N) as views (M, H, N) with unit columns: row m * H + h of the whole is [m, h].
 

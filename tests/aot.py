@@ -27,7 +27,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import proof  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
-from cases import CASES  # noqa: E402
+from cases import CASES, COMPILED  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime import jit  # noqa: E402
@@ -46,8 +46,8 @@ Launch = tuple[str, jit.JITFunction, tuple, dict]
 
 
 def launches(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Launch]:
-    """The launches of forward and backward: key, kernel, arguments, keyword arguments."""
-    case, log = CASES[name], []
+    """The launches of forward and backward, or of an operator without a row: key, kernel, arguments, keywords."""
+    case, log = CASES.get(name), []
 
     def record(kernel, *args, grid, warmup, **kwargs):
         log.append((kernel, args, kwargs))
@@ -55,13 +55,17 @@ def launches(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[
     launch, jit.JITFunction.run = jit.JITFunction.run, record
     try:
         with use("triton"), proof.direct():
-            args = proof.arguments(case, shape, dtype, "meta")
-            proof.run(case, case.op, args, [torch.empty_like(y) for y in proof.outputs(case.op, args)])
+            if case is None:
+                COMPILED[name]()
+            else:
+                args = proof.arguments(case, shape, dtype, "meta")
+                proof.run(case, case.op, args, [torch.empty_like(y) for y in proof.outputs(case.op, args)])
     finally:
         jit.JITFunction.run = launch
     seen = set()
     for kernel, args, kwargs in log:
-        key = f"{name} {'x'.join(map(str, shape))} {str(dtype)[6:]} {kernel.__name__}"
+        what = f"{name} {'x'.join(map(str, shape))} {str(dtype)[6:]}" if case else name
+        key = f"{what} {kernel.__name__}"
         if key not in seen:
             seen.add(key)
             yield key, kernel, args, kwargs
@@ -129,6 +133,8 @@ def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
 def everything(only: str = "") -> dict[str, dict[str, dict[str, int]]]:
     jobs = [(n, s, torch.bfloat16) for n, c in CASES.items() if only in n for s in c.aot]
     jobs += [(n, c.aot[0], torch.float32) for n, c in CASES.items() if only in n and c.aot]
+    dtypes = {n: torch.float32 if n.endswith("float32") else torch.bfloat16 for n in COMPILED}
+    jobs += [(n, (), dtypes[n]) for n in COMPILED if only in n]
     found: dict[str, dict[str, dict[str, int]]] = {}
     with ProcessPoolExecutor(2) as pool:
         for result in pool.map(measure, *zip(*jobs, strict=True)):

@@ -13,10 +13,10 @@ from benchmarks.rows import ROWS
 from fmcore import ops
 
 ROOT = Path(__file__).parent.parent
-SHARED = {"blocks", "launch"}  # files in kernels/ that are no operator
+SHARED = {"blocks", "launch", "multi_tensor"}  # files in kernels/ that are no operator
 OPERATORS = sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if p.stem not in SHARED)
 # Operators that work in place or without a gradient: the contract of a row does not fit, a test file of their own does.
-WITHOUT_ROWS = {"adamw"}
+WITHOUT_ROWS = {"adamw", "lion", "muon"}
 SOURCES = sorted(p for top in ("fmcore", "kernels", "benchmarks") for p in (ROOT / top).rglob("*.py"))
 SOURCES = [p for p in SOURCES if "fmcore/kernels" not in str(p) and "fmcore/csrc" not in str(p)]
 # From the bottom to the top: a room may import those before it, not those after it.

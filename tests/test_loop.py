@@ -59,6 +59,8 @@ SPLITS = {
     "accumulate": ({"accumulate": 2}, None),
     "wsd": ({"schedule": "wsd", "decay_fraction": 0.5}, None),
     "bfloat16": ({"dtype": "bfloat16"}, None),
+    "lion": ({"optimizer": "lion", "lr": 0.002}, None),
+    "muon": ({"optimizer": "muon"}, None),
     # Dropout draws from the random state that the checkpoint has to carry.
     "lora": ({"weight_decay": 0.0}, LoraConfig(rank=4, dropout=0.3)),
 }
@@ -284,6 +286,7 @@ def test_a_checkpoint_of_another_run_is_refused(shards, tmp_path):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"accumulate": 0}, "accumulate must be at least 1"),
         ({"lr": math.inf}, "lr must be above 0"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, lion, muon, got 'sgd'"),
         ({"clip": 0.0}, "clip must be above 0"),
         ({"save_every": -1}, "save_every must be 0 or more"),
         ({"beta2": 1.5}, "beta2 must be within"),

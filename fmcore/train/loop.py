@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from fmcore.data.tokenizer import Tokenizer
 from fmcore.errors import InputError
 from fmcore.evaluate import evaluate
 from fmcore.models.decoder import Decoder
-from fmcore.optim import AdamW, decay_groups
+from fmcore.optim import AdamW, Lion, Muon, Stepper, decay_groups, muon_groups
 from fmcore.train.checkpoint import Checkpoint, rng_state, save_checkpoint, set_rng_state
 from fmcore.train.metrics import Meter, MetricsLog, peak_flops, step_flops
 from fmcore.train.progress import Bar, headline, scalars, tensorboard
@@ -31,6 +31,9 @@ from fmcore.train.schedule import Kind, Schedule
 
 # Steps between looks at the loss. A GPU is asked for its numbers every tenth step only: asking means waiting for it.
 LOG_EVERY = {"cpu": 1}
+
+
+OptimizerName = Literal["adamw", "lion", "muon"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class TrainOptions:
     batch_size: int = 16  # sequences in one forward pass
     seq_len: int = 256  # tokens in a sequence
     accumulate: int = 1  # forward passes in one step
-    lr: float = 3e-3  # peak learning rate
+    optimizer: OptimizerName = "adamw"  # muon: of hidden matrices, adamw of the rest
+    lr: float = 3e-3  # peak learning rate; lion wants a third to a tenth of adamw's, muon the same
     schedule: Kind = "cosine"
     warmup: int | None = None  # steps; by default a twentieth of all
     min_ratio: float = 0.05  # last learning rate over the peak
@@ -69,6 +73,9 @@ class TrainOptions:
         for name in ("lr", "clip"):
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise InputError(f"train: {name} must be above 0, got {getattr(self, name)}")
+        if self.optimizer not in get_args(OptimizerName):
+            wanted = ", ".join(get_args(OptimizerName))
+            raise InputError(f"train: optimizer must be one of {wanted}, got {self.optimizer!r}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"train: {name} must be within [0, 1), got {getattr(self, name)}")
@@ -129,7 +136,17 @@ def trained_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if name not in frozen}
 
 
-def restore(model: torch.nn.Module, optimizer: AdamW, loader: Loader, checkpoint: Checkpoint) -> None:
+def make_optimizer(model: torch.nn.Module, options: TrainOptions) -> Stepper:
+    """The optimizer that ``options`` name, over what trains; matrices decay and vectors do not."""
+    lr, betas, decay = options.lr, (options.beta1, options.beta2), options.weight_decay
+    if options.optimizer == "muon":
+        # Its steps are then as long as AdamW's, so that one learning rate serves both.
+        return Muon(muon_groups(model, decay), lr=lr, betas=betas, adjust_lr_fn="match_rms_adamw")
+    kind = Lion if options.optimizer == "lion" else AdamW
+    return kind(decay_groups(model, decay), lr=lr, betas=betas)
+
+
+def restore(model: torch.nn.Module, optimizer: Stepper, loader: Loader, checkpoint: Checkpoint) -> None:
     """Put everything back to where ``checkpoint`` was written. ``InputError`` if it belongs to another run."""
     wanted = trained_tensors(model)
     if odd := wanted.keys() ^ checkpoint.model.keys():
@@ -156,7 +173,7 @@ class Step:
     segments: list[int]  # lengths of the documents in its rows, in tokens
 
 
-def take_step(model: Decoder, loader: Loader, optimizer: AdamW, options: TrainOptions, step: int) -> Step:
+def take_step(model: Decoder, loader: Loader, optimizer: Stepper, options: TrainOptions, step: int) -> Step:
     """Draw the batches of step number ``step`` (0-based), sum their gradients, clip, and change the weights."""
     batches = [loader.next_batch() for _ in range(options.accumulate)]
     targets = sum(batch.n_targets for batch in batches)
@@ -213,7 +230,7 @@ def train(
     """
     device = next(model.parameters()).device
     options = replace(options, device=str(device))
-    optimizer = AdamW(decay_groups(model, options.weight_decay), lr=options.lr, betas=(options.beta1, options.beta2))
+    optimizer = make_optimizer(model, options)
     step, tokens, loss, last_saved = 0, 0, math.nan, None
     if resume is not None:
         restore(model, optimizer, loader, resume)
