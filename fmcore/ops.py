@@ -2,6 +2,7 @@
 
 from fmcore.kernels.adamw import adamw_ as adamw_
 from fmcore.kernels.attention import attention as attention
+from fmcore.kernels.decode_attention import decode_attention as decode_attention
 from fmcore.kernels.gelu import gelu as gelu
 from fmcore.kernels.layer_norm import layer_norm as layer_norm
 from fmcore.kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy

@@ -49,9 +49,17 @@ class Case:
     no_copy: tuple[int, ...] = (0,)
     # Bodies besides the plain PyTorch path.
     bodies: tuple[str, ...] = ("triton",)
+    # No gradient is promised: outputs alone are proven.
+    forward_only: bool = False
     # The source file whose kernels this row tests, and bugs that must turn its tests red.
     file: str = ""
     bugs: tuple[Bug, ...] = ()
+
+
+def named(op: Callable, names: tuple[str, ...], *args: Tensor | None, **options: object):
+    """``op`` with its last arguments by name: ``partial(named, op, ("sinks",))`` is what a ``Case`` may call."""
+    n = len(args) - len(names)
+    return op(*args[:n], **dict(zip(names, args[n:], strict=True)), **options)
 
 
 def randn(*shape: int) -> Tensor:
