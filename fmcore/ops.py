@@ -5,6 +5,7 @@ from fmcore.kernels.activation import quick_gelu as quick_gelu
 from fmcore.kernels.activation import relu_squared as relu_squared
 from fmcore.kernels.adamw import adamw_ as adamw_
 from fmcore.kernels.attention import attention as attention
+from fmcore.kernels.decode_attention import decode_attention as decode_attention
 from fmcore.kernels.dropout import dropout as dropout
 from fmcore.kernels.embedding import embedding as embedding
 from fmcore.kernels.glu import geglu as geglu

@@ -51,6 +51,8 @@ class Case:
     no_copy: tuple[int, ...] = (0,)
     # Bodies besides the plain PyTorch path.
     bodies: tuple[str, ...] = ("triton",)
+    # No gradient is promised: outputs alone are proven.
+    forward_only: bool = False
     # The source file whose kernels this row tests, and bugs that must turn its tests red.
     file: str = ""
     bugs: tuple[Bug, ...] = ()

@@ -40,11 +40,13 @@ def incoming(case: Case, args: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def run(case: Case, fn: Callable, args: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs of ``fn``, then the gradient of each differentiated argument."""
-    wanted = differentiated(case, args)
+    """The outputs of ``fn``, then the gradient of each differentiated argument unless the row is forward only."""
+    wanted = [] if case.forward_only else differentiated(case, args)
     # detach keeps strides, so that a view is tested as the view it is.
     args = [a.detach().requires_grad_(i in wanted) if isinstance(a, Tensor) else a for i, a in enumerate(args)]
     ys = outputs(fn, args)
+    if case.forward_only:
+        return list(ys)
     return [*(y.detach() for y in ys), *torch.autograd.grad(ys, [args[i] for i in wanted], grads)]
 
 
