@@ -5,6 +5,8 @@
     x = x + down(activation(up(norm2(x))))               rows of up for SwiGLU: [gate | up]
     logits = head(norm(x))
 
+Each sum is taken by the norm that follows it, in one kernel: a layer hands on the stream and the branch to be added.
+
 Tokens come packed: rows of (B, T), and inside a row documents that do not see each other, told by ``cu_seqlens``.
 Activations are (M, C) with M = B * T from the first line to the last.
 """
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from fmcore import ops
 from fmcore.errors import InputError
 from fmcore.kernels.rope import RopeScaling, rope_tables
-from fmcore.nn import GELU, LayerNorm, RMSNorm, SwiGLU
+from fmcore.nn import GELU, Embedding, LayerNorm, RMSNorm, SwiGLU
 
 # A Config may come from a file, so its values are looked at: what is wanted of each type, and whether a value is that.
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
@@ -180,6 +182,19 @@ class Cache:
         self.longest += T
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where the M = B * T tokens of a pass stand: what every layer asks of them."""
+
+    B: int
+    # (M,), or None where ``angles`` are looked up already.
+    positions: Tensor | None
+    # cos and sin, None without rope.
+    angles: tuple[Tensor, Tensor] | None
+    cu_seqlens: Tensor | None
+    cache: Cache | None
+
+
 class Block(nn.Module):
     """One layer: attention, then the feed-forward network, each behind a norm and added to the residual stream."""
 
@@ -199,38 +214,28 @@ class Block(nn.Module):
         )
         self.down = nn.Linear(F, C, bias=config.bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        B: int,
-        angles: tuple[Tensor, Tensor] | None,
-        positions: Tensor,
-        cu_seqlens: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
-        x = x + self.attend(self.norm1(x), B, angles, positions, cu_seqlens, cache)
-        return x + self.down(self.activation(self.up(self.norm2(x))))
+    def forward(self, x: Tensor, branch: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The residual stream (M, C) with ``branch`` and the attention added, and what is still to be added to it."""
+        y, x = (self.norm1(x), x) if branch is None else self.norm1(branch, residual=x)
+        y, x = self.norm2(self.attend(y, rows), residual=x)
+        return x, self.down(self.activation(self.up(y)))
 
-    def attend(
-        self,
-        x: Tensor,
-        B: int,
-        angles: tuple[Tensor, Tensor] | None,
-        positions: Tensor,
-        cu_seqlens: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
-        """The attention half of the layer, for ``x`` (M, C) of B rows that is already normed."""
-        H, G, D = self.config.heads, self.config.G, self.config.D
+    def attend(self, x: Tensor, rows: Rows) -> Tensor:
+        """The attention half of the layer, for ``x`` (M, C) that is already normed."""
+        H, G, D, B = self.config.heads, self.config.G, self.config.D, rows.B
         q, k, v = self.qkv(x).unflatten(-1, (H + 2 * G, D)).split((H, G, G), dim=1)  # (M, H, D), (M, G, D), (M, G, D)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = ops.rope(q, k, *angles, positions)
-        if cu_seqlens is not None:
-            return self.out(ops.attention(q, k, v, window=self.config.window, cu_seqlens=cu_seqlens).flatten(1))
-        q, k, v = (t.unflatten(0, (B, -1)) for t in (q, k, v))  # (B, T, ., D)
-        k, v, lens = cache.write(self.index, k, v) if cache is not None else (k, v, None)
+        if rows.angles is not None:
+            q, k = ops.rope(q, k, *rows.angles, rows.positions)
+        if rows.cu_seqlens is not None:
+            o = ops.attention(q, k, v, window=self.config.window, cu_seqlens=rows.cu_seqlens)
+            return self.out(o.flatten(1))
+        k, v = k.unflatten(0, (B, -1)), v.unflatten(0, (B, -1))  # (B, T, G, D)
+        k, v, lens = rows.cache.write(self.index, k, v) if rows.cache is not None else (k, v, None)
+        if lens is not None and len(q) == B:
+            return self.out(ops.decode_attention(q, k, v, lens, window=self.config.window).flatten(1))
+        q = q.unflatten(0, (B, -1))  # (B, T, H, D)
         return self.out(ops.attention(q, k, v, window=self.config.window, kv_lens=lens).flatten(2).flatten(0, 1))
 
 
@@ -244,9 +249,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         C = config.width
-        self.embed = nn.Embedding(config.vocab_size, C)
+        self.embed = Embedding(config.vocab_size, C)
         if config.positions == "learned":
-            self.pos = nn.Embedding(config.context, C)
+            self.pos = Embedding(config.context, C)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.norm = (RMSNorm if config.norm == "rms" else LayerNorm)(C, config.norm_eps)
         if not config.tied:
@@ -319,14 +324,21 @@ class Decoder(nn.Module):
         if self.config.positions == "learned":
             x = x + self.pos(positions)
         angles = self.angles(length, tokens.device)
-        if angles is not None and tokens.device.type == "cpu":
-            # Looked up once for all layers; a GPU's kernel reads the small tables instead, which stay in its cache.
-            angles, positions = (angles[0][positions], angles[1][positions]), None
+        at: Tensor | None = positions
+        if tokens.device.type == "cpu":
+            if angles is not None:
+                # Looked up once for all layers; a GPU's kernel reads the small tables, which stay in its cache.
+                angles, at = (angles[0][positions], angles[1][positions]), None
+        elif cu_seqlens is not None:
+            # Sent once for all layers, and nobody waits for it.
+            cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
+        rows, branch = Rows(B, at, angles, cu_seqlens, cache), None
         for layer in self.layers:
-            x = layer(x, B, angles, positions, cu_seqlens, cache)
+            x, branch = layer(x, branch, rows)
         if cache is not None:
             cache.advance(T)
-        return self.norm(x).unflatten(0, (B, T))
+        y, _ = self.norm(branch, residual=x)
+        return y.unflatten(0, (B, T))
 
     def forward(
         self,
