@@ -47,6 +47,10 @@ class Case:
     constants: tuple[int, ...] = ()
     # Positions of arguments of which a view with padded rows must reach the kernel without a copy.
     no_copy: tuple[int, ...] = (0,)
+    # Its sums are added in any order: float atomics are allowed, equal bits on each run are not asked for on a GPU.
+    unordered: bool = False
+    # Targets of tests/aot.py that ``aot`` is compiled for, in bf16 alone; all when empty, and one in fp32.
+    targets: tuple[str, ...] = ()
     # Bodies besides the plain PyTorch path.
     bodies: tuple[str, ...] = ("triton",)
     # The source file whose kernels this row tests, and bugs that must turn its tests red.
@@ -56,3 +60,9 @@ class Case:
 
 def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
+
+
+def by_name(op: Callable, names: tuple[str, ...], *args: Tensor | None) -> Tensor | tuple[Tensor, ...]:
+    """``op`` with its last arguments passed by ``names``: ``partial(by_name, op, names)`` for a row's ``op``."""
+    first = len(args) - len(names)
+    return op(*args[:first], **dict(zip(names, args[first:], strict=True)))

@@ -16,6 +16,7 @@ from types import ModuleType
 import proof
 import pytest
 import torch
+from case import by_name
 from cases import CASES, Bug, Case
 
 import fmcore
@@ -62,8 +63,10 @@ def _module(path: Path) -> ModuleType:
 
 def _from(module: ModuleType, op: Callable) -> Callable:
     if isinstance(op, partial):
-        return partial(_from(module, op.func), *op.args, **op.keywords)
-    return getattr(module, op.__name__)
+        return partial(
+            _from(module, op.func), *(_from(module, a) if callable(a) else a for a in op.args), **op.keywords
+        )
+    return op if op is by_name else getattr(module, op.__name__)
 
 
 def exact(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> None:
