@@ -4,6 +4,8 @@ They are formulas and not an autotuner's choice, so that every rank launches the
 bits. What a formula rests on stands beside it; numbers without a measurement say so.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -18,6 +20,35 @@ ELEMENTS_PER_THREAD = 16
 
 # Smallest tile: 4 warps, so that a program of narrow rows is not all prologue.
 SMALLEST_TILE = 2048
+
+
+# What ``target`` says where there is no GPU.
+INTERPRETER = "interpreter"
+_assumed: str | None = None
+
+
+@cache
+def _target(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def target(device: torch.device) -> str:
+    """What kernels for ``device`` are compiled for: ``sm_90``, ``gfx942``, or ``INTERPRETER`` without a GPU."""
+    return _assumed or (_target(device) if device.type == "cuda" else INTERPRETER)
+
+
+@contextmanager
+def assume(name: str) -> Iterator[None]:
+    """Inside the block ``target`` says ``name``, so that launches can be compiled for GPUs that are not here."""
+    global _assumed
+    before, _assumed = _assumed, name
+    try:
+        yield
+    finally:
+        _assumed = before
 
 
 @cache

@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime import jit  # noqa: E402
 
+from fmcore.kernels import launch  # noqa: E402
 from fmcore.op import use  # noqa: E402
 
 PINS = HERE / "resources.json"
@@ -52,7 +53,7 @@ def launches(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[
     def record(kernel, *args, grid, warmup, **kwargs):
         log.append((kernel, args, kwargs))
 
-    launch, jit.JITFunction.run = jit.JITFunction.run, record
+    run, jit.JITFunction.run = jit.JITFunction.run, record
     try:
         with use("triton"), proof.direct():
             if case is None:
@@ -61,7 +62,7 @@ def launches(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[
                 args = proof.arguments(case, shape, dtype, "meta")
                 proof.run(case, case.op, args, [torch.empty_like(y) for y in proof.outputs(case.op, args)])
     finally:
-        jit.JITFunction.run = launch
+        jit.JITFunction.run = run
     seen = set()
     for kernel, args, kwargs in log:
         what = f"{name} {'x'.join(map(str, shape))} {str(dtype)[6:]}" if case else name
@@ -121,18 +122,20 @@ def amd_resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
 
 def measure(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, dict[str, dict[str, int]]]:
     """Kernel key -> target -> resources, of one row on one shape."""
-    targets = {FP32_TARGET: TARGETS[FP32_TARGET]} if dtype == torch.float32 else TARGETS
+    chosen = CASES[name].targets if name in CASES else ()
+    labels = (FP32_TARGET,) if dtype == torch.float32 else chosen or tuple(TARGETS)
     found: dict[str, dict[str, dict[str, int]]] = {}
-    for key, kernel, args, kwargs in launches(name, shape, dtype):
-        for label, target in targets.items():
-            resources = nvidia_resources if target.backend == "cuda" else amd_resources
-            found.setdefault(key, {})[label] = resources(compiled(kernel, args, kwargs, target))
+    for label in labels:
+        resources = nvidia_resources if TARGETS[label].backend == "cuda" else amd_resources
+        with launch.assume(label):
+            for key, kernel, args, kwargs in launches(name, shape, dtype):
+                found.setdefault(key, {})[label] = resources(compiled(kernel, args, kwargs, TARGETS[label]))
     return found
 
 
 def everything(only: str = "") -> dict[str, dict[str, dict[str, int]]]:
     jobs = [(n, s, torch.bfloat16) for n, c in CASES.items() if only in n for s in c.aot]
-    jobs += [(n, c.aot[0], torch.float32) for n, c in CASES.items() if only in n and c.aot]
+    jobs += [(n, c.aot[0], torch.float32) for n, c in CASES.items() if only in n and c.aot and not c.targets]
     dtypes = {n: torch.float32 if n.endswith("float32") else torch.bfloat16 for n in COMPILED}
     jobs += [(n, (), dtypes[n]) for n in COMPILED if only in n]
     found: dict[str, dict[str, dict[str, int]]] = {}

@@ -49,6 +49,10 @@ class Case:
     constants: tuple[int, ...] = ()
     # Positions of arguments of which a view with padded rows must reach the kernel without a copy.
     no_copy: tuple[int, ...] = (0,)
+    # Its sums are added in any order: float atomics are allowed, equal bits on each run are not asked for on a GPU.
+    unordered: bool = False
+    # Targets of tests/aot.py that ``aot`` is compiled for, in bf16 alone; all when empty, and one in fp32.
+    targets: tuple[str, ...] = ()
     # Bodies besides the plain PyTorch path.
     bodies: tuple[str, ...] = ("triton",)
     # No gradient is promised: outputs alone are proven.

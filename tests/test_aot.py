@@ -64,10 +64,12 @@ def test_every_kernel_would_launch(now):
 
 
 def test_no_spills_and_no_float_atomics(now):
+    from cases import CASES
+
     bad = [
         f"{kernel} {target}: {used}"
         for kernel, targets in now.items()
         for target, used in targets.items()
-        if used["spills"] or used["float_atomics"]
+        if used["spills"] or (used["float_atomics"] and not CASES[kernel.split()[0]].unordered)
     ]
     assert not bad, "\n".join(bad)

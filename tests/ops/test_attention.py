@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fmcore.kernels.attention import attention, attention_ref
+from fmcore.op import use
 
 # (B, Tq, Tk, H, G, D, Dv): grouped and single kv heads, more keys than queries, one token, odd sizes.
 SHAPES = [
@@ -115,6 +116,10 @@ def test_gradcheck():
     ({"q": (2, 3, 5, 8)}, ValueError, "attention: H must be a multiple of G, got H=5, G=2"),
     ({"k": (2, 4, 2, 7)}, ValueError, r"attention: k must be \(B, Tk, G, D\).*D=8, got \(2, 4, 2, 7\)"),
     ({"v": (2, 5, 2, 8)}, ValueError, r"attention: v must be .*Tk=4.* got \(2, 5, 2, 8\)"),
+    ({"window": (-1, 2)}, ValueError, "attention: window must be a pair of distances"),
+    ({"softcap": 0.0}, ValueError, "attention: softcap must be above 0, got 0.0"),
+    ({"sinks": torch.zeros(3)}, ValueError, r"attention: sinks must be \(H\), H=4, got \(3,\)"),
+    ({"cu_seqlens_k": torch.tensor([0, 2])}, ValueError, "attention: cu_seqlens_k must be None without cu_seqlens"),
     ({"window": 0}, ValueError, "attention: window must be at least 1, got 0"),
     ({"kv_lens": torch.tensor([1, 2, 3])}, ValueError, r"attention: .*B=3"),
     ({"kv_lens": torch.tensor([1.0, 2.0])}, TypeError, "attention: kv_lens must be one of .*got float32"),
@@ -130,8 +135,106 @@ def test_errors_name_the_argument(change, error, message):
 
 def test_bad_boundaries():
     x = torch.zeros(5, 2, 4)
-    for bad in ([0, 3], [0, 4, 3, 5], [0, 6]):
-        with pytest.raises(ValueError, match="attention: cu_seqlens must rise from 0 to M=5"):
+    for bad in ([1, 3], [0, 4, 3, 5], [0, 6]):
+        with pytest.raises(ValueError, match="attention: cu_seqlens must rise from 0 to at most M=5"):
             attention(x, x, x, cu_seqlens=torch.tensor(bad, dtype=torch.int32))
     with pytest.raises(ValueError, match="kv_lens must be None"):
         attention(x, x, x, cu_seqlens=torch.tensor([0, 5], dtype=torch.int32), kv_lens=torch.tensor([5]))
+    with pytest.raises(ValueError, match=r"cu_seqlens_k must be \(S\+1\), S\+1=2, got \(3,\)"):
+        attention(x, x, x, cu_seqlens=torch.tensor([0, 5]), cu_seqlens_k=torch.tensor([0, 2, 5]))
+
+
+@pytest.mark.parametrize("options", [
+    {"softcap": 3.0, "return_lse": True},
+    {"sinks": True, "return_lse": True},
+    {"sinks": True, "causal": False, "window": (2, None)},
+    {"apart": True, "causal": False, "return_lse": True},
+    {"apart": True, "sinks": True, "softcap": 2.0, "window": (None, 1), "causal": False, "return_lse": True},
+])  # fmt: skip
+@pytest.mark.parametrize("packed", [False, True])
+def test_options_on_a_cpu(options, packed):
+    """Document by document it is the formula over all rows with its mask, rows of no document included."""
+    options = dict(options)
+    apart = options.pop("apart", False)
+    Tk = 13 if apart else 9
+    q, k, v = made(1, 9, Tk, 4, 2, 4, 6)
+    inputs = [q, k, v]
+    if options.pop("sinks", False):
+        options["sinks"] = torch.randn(4, dtype=torch.float64, requires_grad=True)
+        inputs.append(options["sinks"])
+    if packed:
+        q, k, v = q[0], k[0], v[0]
+        options["cu_seqlens"] = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
+        if apart:
+            options["cu_seqlens_k"] = torch.tensor([0, 0, 5, 12], dtype=torch.int32)
+    got, want = attention(q, k, v, **options), attention_ref(q, k, v, **options)
+    got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
+    grads = [torch.randn_like(x) for x in want]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    results = (torch.autograd.grad(x, inputs, grads) for x in (got, want))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("body", ["eager", "triton"])
+@pytest.mark.usefixtures("on_device")
+def test_rows_of_no_document(body):
+    """They give 0, their lse is -inf whatever the sink, their gradients are 0, and NaN in them goes nowhere."""
+    q, k, v = (torch.randn(40, 2, 16) for _ in range(3))
+    for t in (q, k, v):
+        t[36:] = float("nan")
+    q, k, v, sinks = (t.requires_grad_() for t in (q, k, v, torch.randn(2)))
+    options = {"cu_seqlens": torch.tensor([0, 20, 36], dtype=torch.int32), "sinks": sinks, "return_lse": True}
+    with use(body):
+        o, lse = attention(q, k, v, **options)
+        grads = torch.autograd.grad((o, lse), (q, k, v, sinks), (torch.ones_like(o), torch.ones_like(lse)))
+    assert (o[36:] == 0).all() and (lse[:, 36:] == -torch.inf).all() and o[:36].isfinite().all()
+    assert all((g[36:] == 0).all() and g[:36].isfinite().all() for g in grads[:3]) and grads[3].isfinite().all()
+
+
+@pytest.mark.usefixtures("on_device")
+def test_a_query_that_sees_nothing_has_the_lse_of_its_sink():
+    """Without a sink -inf; other documents' NaN does not reach it, and no gradient leaves it but that of the sink."""
+    q, k, v = (torch.randn(1, n, 2, 16, requires_grad=True) for n in (4, 2, 2))
+    sinks = torch.tensor([0.5, -2.0], requires_grad=True)
+    with use("triton"):
+        o, lse = attention(q, k, v, return_lse=True)
+        dq, dk, dv = torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
+        _, with_sink = attention(q, k, v, sinks=sinks, return_lse=True)
+        (dsinks,) = torch.autograd.grad(with_sink[:, :, :2].sum(), sinks)
+    assert (o[:, :2] == 0).all() and (lse[:, :, :2] == -torch.inf).all() and lse[:, :, 2:].isfinite().all()
+    assert (dq[:, :2] == 0).all() and all(t.isfinite().all() for t in (dq, dk, dv))
+    torch.testing.assert_close(with_sink[0, :, 0], sinks.detach())
+    torch.testing.assert_close(dsinks, torch.full((2,), 2.0, device=dsinks.device))
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("shift, scale", [(0.0, 40.0), (-120.0, 1.0)], ids=["huge logits", "lse about -120"])
+def test_far_from_zero(shift, scale):
+    """Scores in the hundreds, and denominators far below 1."""
+    q, k, v = (torch.randn(1, 40, 1, 16, dtype=torch.float64) for _ in range(3))
+    # A last column that adds the same to every score.
+    q[..., -1], k[..., -1] = (shift, 1.0) if shift else (q[..., -1], k[..., -1])
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    with use("triton"):
+        got = attention(q, k, v, scale=scale, return_lse=True)
+        grads = [torch.randn_like(x) for x in got]
+        got = (*got, *torch.autograd.grad(got, (q, k, v), grads))
+    want = attention_ref(q, k, v, scale=scale, return_lse=True)
+    if shift:
+        assert -125 < want[1].mean() < -105
+    for a, b in zip(got, (*want, *torch.autograd.grad(want, (q, k, v), grads)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("on_device")
+def test_the_cache_path_in_the_kernels():
+    """kv_lens with NaN behind the filled keys."""
+    q, k, v = (torch.randn(3, n, 2, 16) for n in (2, 40, 40))
+    lens = torch.tensor([40, 1, 33])
+    want = attention_ref(q, k, v, kv_lens=lens)
+    for b, n in enumerate(lens.tolist()):
+        k[b, n:], v[b, n:] = float("nan"), float("nan")
+    with use("triton"):
+        torch.testing.assert_close(attention(q, k, v, kv_lens=lens), want)
