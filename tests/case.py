@@ -45,13 +45,23 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     # Positions of arguments that get no gradient and keep their dtype (tables, indices).
     constants: tuple[int, ...] = ()
+    # Positions of arguments that get no gradient but are cast like those that do (weights of a frozen layer).
+    frozen: tuple[int, ...] = ()
     # Positions of arguments of which a view with padded rows must reach the kernel without a copy.
     no_copy: tuple[int, ...] = (0,)
     # Bodies besides the plain PyTorch path.
     bodies: tuple[str, ...] = ("triton",)
+    # A gradient asked for alone comes by the same sums, and so with the same bits, as together with the others.
+    same_alone: bool = True
     # The source file whose kernels this row tests, and bugs that must turn its tests red.
     file: str = ""
     bugs: tuple[Bug, ...] = ()
+
+
+def named(op: Callable, names: tuple[str, ...], *args: Tensor | None, **options: object):
+    """``op`` with its last arguments by name: ``partial(named, op, ("sinks",))`` is what a ``Case`` may call."""
+    n = len(args) - len(names)
+    return op(*args[:n], **dict(zip(names, args[n:], strict=True)), **options)
 
 
 def randn(*shape: int) -> Tensor:

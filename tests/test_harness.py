@@ -62,8 +62,10 @@ def _module(path: Path) -> ModuleType:
 
 def _from(module: ModuleType, op: Callable) -> Callable:
     if isinstance(op, partial):
-        return partial(_from(module, op.func), *op.args, **op.keywords)
-    return getattr(module, op.__name__)
+        args = [_from(module, a) if callable(a) else a for a in op.args]
+        return partial(_from(module, op.func), *args, **op.keywords)
+    # What the file does not define is how the row calls it.
+    return getattr(module, op.__name__, op)
 
 
 def exact(case: Case, shape: tuple[int, ...], dtype: torch.dtype) -> None:

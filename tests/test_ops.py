@@ -107,7 +107,10 @@ def test_each_gradient_alone(case, body):
         for i, expected in zip(wanted, together, strict=True):
             alone = [a.detach().requires_grad_(j == i) if a is not None else a for j, a in enumerate(args)]
             (g,) = torch.autograd.grad(proof.outputs(case.op, alone), alone[i], grads)
-            assert torch.equal(g, expected)
+            if case.same_alone:
+                assert torch.equal(g, expected)
+            else:
+                torch.testing.assert_close(g, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
 
 
 @every_body
