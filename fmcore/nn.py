@@ -169,3 +169,37 @@ class Embedding(nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return ops.embedding(tokens, self.weight, padding_idx=self.padding_idx)
+
+
+class CrossEntropyLoss(nn.Module):
+    """``ops.cross_entropy`` of logits (M, V) and targets (M,); ``options`` are its keywords but bias and weights.
+
+    ``weight`` (V,) are the class weights, named and first as in ``torch.nn.CrossEntropyLoss``.
+    """
+
+    weight: Tensor | None
+
+    def __init__(self, weight: Tensor | None = None, **options: Any):
+        super().__init__()
+        self.options = options
+        self.register_buffer("weight", weight)
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return ops.cross_entropy(logits, targets, class_weights=self.weight, **self.options)
+
+
+class LinearCrossEntropy(nn.Module):
+    """A linear layer from ``width`` to ``vocab_size`` and the cross-entropy of its logits, which never exist.
+
+    ``options`` are keywords of ``ops.linear_cross_entropy``; parameters start as those of ``torch.nn.Linear``.
+    """
+
+    def __init__(self, width: int, vocab_size: int, bias: bool = False, **options: Any):
+        super().__init__()
+        self.options = options
+        layer = nn.Linear(width, vocab_size, bias=bias)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, h: Tensor, targets: Tensor) -> Tensor:
+        """The loss of hidden states ``h`` (M, C) for ``targets`` (M,)."""
+        return ops.linear_cross_entropy(h, self.weight, targets, bias=self.bias, **self.options)

@@ -47,6 +47,8 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     # Positions of arguments that get no gradient and keep their dtype (tables, indices).
     constants: tuple[int, ...] = ()
+    # Positions of arguments that get no gradient but are cast like those that do (weights of a frozen layer).
+    frozen: tuple[int, ...] = ()
     # Positions of arguments of which a view with padded rows must reach the kernel without a copy.
     no_copy: tuple[int, ...] = (0,)
     # Its sums are added in any order: float atomics are allowed, equal bits on each run are not asked for on a GPU.
@@ -57,6 +59,8 @@ class Case:
     bodies: tuple[str, ...] = ("triton",)
     # No gradient is promised: outputs alone are proven.
     forward_only: bool = False
+    # A gradient asked for alone comes by the same sums, and so with the same bits, as together with the others.
+    same_alone: bool = True
     # The source file whose kernels this row tests, and bugs that must turn its tests red.
     file: str = ""
     bugs: tuple[Bug, ...] = ()

@@ -25,7 +25,7 @@ def arguments(case: Case, shape: Sequence[int], dtype: torch.dtype, device: str)
 
 
 def differentiated(case: Case, args: Sequence[Tensor | None]) -> list[int]:
-    return [i for i, a in enumerate(args) if a is not None and i not in case.constants]
+    return [i for i, a in enumerate(args) if a is not None and i not in (*case.constants, *case.frozen)]
 
 
 def outputs(fn: Callable, args: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -51,8 +51,7 @@ def run(case: Case, fn: Callable, args: Sequence[Tensor | None], grads: Sequence
 
 
 def truth(case: Case, args: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor]:
-    wanted = differentiated(case, args)
-    args = [a.double() if i in wanted else a for i, a in enumerate(args)]
+    args = [a if a is None or i in case.constants else a.double() for i, a in enumerate(args)]
     return run(case, case.ref, args, [g.double() for g in grads])
 
 

@@ -109,8 +109,10 @@ def test_each_gradient_alone(case, body):
             alone = [a.detach().requires_grad_(j == i) if a is not None else a for j, a in enumerate(args)]
             (g,) = torch.autograd.grad(proof.outputs(case.op, alone), alone[i], grads)
             # Programs of the interpreter come in one order; on a GPU sums in any order differ in the last bits.
-            if not (case.unordered and ON_GPU):
+            if case.same_alone and not (case.unordered and ON_GPU):
                 assert torch.equal(g, expected)
+            else:
+                torch.testing.assert_close(g, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
 
 
 @every_body
