@@ -28,7 +28,7 @@ demo: $(BIN)/.base
 	$(BIN)/python -m fmcore demo --run $(RUN) $(ARGS)
 
 test: $(BIN)/.test
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: $(BIN)/.lint
 	$(BIN)/ruff check .
