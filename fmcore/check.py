@@ -50,6 +50,14 @@ def same(op: str, **args: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must have the dtype of {first}, {str(x.dtype)[6:]}, got {str(t.dtype)[6:]}")
 
 
+def device(op: str, cpu: bool = False, /, **args: Tensor | None) -> None:
+    """``ValueError`` unless all given tensors share the first one's device or, with ``cpu``, are on a CPU."""
+    (first, x), *rest = ((name, t) for name, t in args.items() if t is not None)
+    for name, t in rest:
+        if t.device != x.device and not (cpu and t.device.type == "cpu"):
+            raise ValueError(f"{op}: {name} must be on the device of {first}, {x.device}, got {t.device}")
+
+
 def dropout(op: str, p: float, seed: Tensor | None, x: Tensor) -> Tensor | None:
     """The seed for dropout on ``x`` with probability ``p``: the given one, else one from PyTorch's generator.
 

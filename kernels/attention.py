@@ -54,7 +54,7 @@ def visible(
     """Which keys each query sees: (B or 1, 1, Tq, Tk), true where it does. -1 stands for no bound."""
     i, j = (torch.arange(t.shape[-3], device=q.device) for t in (q, k))
     if cu_seqlens is None:
-        lens = torch.full((1,), len(j), device=q.device) if kv_lens is None else kv_lens
+        lens = torch.full((1,), len(j), device=q.device) if kv_lens is None else kv_lens.clamp(max=len(j))
         ahead = j - (i[:, None] + (lens - len(i))[:, None, None, None])  # (B, 1, Tq, Tk)
         mask = (j < lens[:, None, None, None]).expand_as(ahead)
     else:
@@ -346,15 +346,16 @@ def attention_delta_kernel(
     do_ptrs = do_ptr + b * stride_db + i.to(tl.int64)[:, None] * stride_dm + h * stride_dh + cols[None, :]
     delta = tl.sum(o * tl.load(do_ptrs, mask=mask, other=0.0).to(ACC), 1)
     at = (b * H + h) * Tq + i
+    lse2 = tl.load(lse2_ptr + at, mask=i < Tq, other=float("-inf"))
     if dlse2_ptr is not None:
         delta -= tl.load(dlse2_ptr + at, mask=i < Tq, other=0.0) * LOG2E
+        # A query that sees nothing has no gradient, even where that of its lse of -inf is no number.
+        delta = tl.where(lse2 == float("-inf"), 0.0, delta)
     tl.store(delta_ptr + at, delta, mask=i < Tq)
     if sinks_ptr is not None:
-        lse2 = tl.load(lse2_ptr + at, mask=i < Tq, other=float("-inf"))
         # Rows of no document have no sink either.
         share = tl.exp2(tl.load(sinks_ptr + h).to(ACC) * LOG2E - lse2) * delta
-        share = tl.where(lse2 == float("-inf"), 0.0, share)
-        tl.store(dsinks_ptr + pid, -tl.sum(share, 0))
+        tl.store(dsinks_ptr + pid, -tl.sum(tl.where(lse2 == float("-inf"), 0.0, share), 0))
 
 
 @triton.jit
@@ -644,10 +645,8 @@ def _fwd_fake(q, k, v, *rest):
 
 
 def _bwd_fake(do, dlse2, q, k, v, sinks, *rest):
-    shapes = zip((q, k, v), (rest[-3], rest[-2], rest[-2]), strict=True)
-    return *(t.new_empty(t.shape if n else 0) for t, n in shapes), (sinks if rest[-1] else q).new_empty(
-        sinks.shape if rest[-1] else 0
-    )
+    needs = zip((q, k, v, sinks if rest[-1] else q), (rest[-3], rest[-2], *rest[-2:]), strict=True)
+    return tuple(t.new_empty(t.shape if n else 0) for t, n in needs)
 
 
 fwd = Op(
@@ -740,12 +739,10 @@ class Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do: Tensor | None, dlse2: Tensor | None):
         q, k, v, sinks, o, lse2, *lengths = ctx.saved_tensors
-        needs_dq, needs_dk, needs_dv, needs_dsinks = ctx.needs_input_grad[:4]
+        needs = ctx.needs_input_grad[:4]
         do = torch.zeros_like(o) if do is None else do
-        needs = (needs_dq, needs_dk or needs_dv, needs_dsinks)
-        dq, dk, dv, dsinks = bwd(do, dlse2, q, k, v, sinks, o, lse2, *lengths, *ctx.options, *needs)
-        grads = (dq if needs_dq else None, dk if needs_dk else None, dv if needs_dv else None)
-        return (*grads, dsinks if needs_dsinks else None, *[None] * 8)
+        grads = bwd(do, dlse2, q, k, v, sinks, o, lse2, *lengths, *ctx.options, needs[0], any(needs[1:3]), needs[3])
+        return *(g if n else None for g, n in zip(grads, needs, strict=True)), *[None] * 8
 
 
 # The plain path: PyTorch's scaled_dot_product_attention where it can say what is asked, else the formula.
@@ -774,10 +771,7 @@ def _plain(
     if softcap is None and sinks is None and not return_lse and k.shape[1]:
         return _dense(q, k, v, left, right, scale, kv_lens), None
     window = (None if left < 0 else left, None if right < 0 else right)
-    o, lse = attention_ref(
-        q, k, v, False, window, scale, softcap=softcap, sinks=sinks, kv_lens=kv_lens, return_lse=True
-    )
-    return o, lse
+    return attention_ref(q, k, v, False, window, scale, softcap=softcap, sinks=sinks, kv_lens=kv_lens, return_lse=True)
 
 
 def _lengths(name: str, rows: str, cu_seqlens: Tensor, M: int) -> list[int]:
@@ -851,7 +845,7 @@ def attention(
             v (M, G, Dv). Rows past the last entry are in no document. On a GPU it is never read by the host; for
             tensors on a CPU it is.
         cu_seqlens_k: (S+1,), the same for keys and values (Mk, G, .) that are packed otherwise than the queries.
-        kv_lens: (B,) integers, how many keys of each sequence are filled; queries stand at the end of those.
+        kv_lens: (B,) integers, how many keys of each sequence are filled, beyond Tk all; queries stand at their end.
         return_lse: return (o, lse) with lse (B, H, Tq), or (H, M), the natural logarithm of the softmax's denominator,
             in fp32 (fp64 for fp64). It has a gradient.
         deterministic: False lets programs add to dq in any order, in a kernel that computes the scores once and not
@@ -862,6 +856,8 @@ def attention(
     """
     check.same("attention", q=q, k=k, v=v)
     check.dtype("attention", q=q, sinks=sinks)
+    check.device("attention", q=q, sinks=sinks)
+    check.device("attention", True, q=q, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, kv_lens=kv_lens)
     if cu_seqlens is None:
         size = check.shape("attention", q=(q, "B Tq H D"), k=(k, "B Tk G D"), v=(v, "B Tk G Dv"))
         if cu_seqlens_k is not None:
@@ -881,10 +877,14 @@ def attention(
         check.dtype("attention", check.INTS, kv_lens=kv_lens)
     if sinks is not None:
         check.shape("attention", q=(q, "... H D"), sinks=(sinks, "H"))
+    if size["D"] == 0:
+        raise ValueError(f"attention: q must have a head size of at least 1, got {tuple(q.shape)}")
     if size["G"] == 0 or size["H"] % size["G"]:
         raise ValueError(f"attention: H must be a multiple of G, got H={size['H']}, G={size['G']}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap must be above 0, got {softcap}")
+    if scale is not None and not abs(scale) < math.inf:  # also for torch.compile: see check_norm in rms_norm.py
+        raise ValueError(f"attention: scale must be finite, got {scale}")
     left, right = _bounds(causal, window)
     if fwd.eager(q):
         options: dict[str, Any] = dict(left=left, right=right, scale=scale, softcap=softcap, sinks=sinks)

@@ -153,7 +153,7 @@ def embedding_bwd_cpu(dy: Tensor, tokens: Tensor, V: int, padding_idx: int | Non
     sums = dy.new_zeros(len(seen), dy.shape[1], dtype=stat).index_add_(0, places, dy.to(stat))
     if padding_idx is not None:
         sums[seen == padding_idx] = 0
-    return dy.new_zeros(V, dy.shape[1]).index_copy_(0, seen, sums.to(dy.dtype))
+    return dy.new_zeros(V, dy.shape[1]).index_copy_(0, seen.long(), sums.to(dy.dtype))
 
 
 @fwd.body("triton", accepts=lambda tokens, *rest: tokens.is_cuda)

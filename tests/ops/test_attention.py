@@ -124,6 +124,10 @@ def test_gradcheck():
     ({"kv_lens": torch.tensor([1, 2, 3])}, ValueError, r"attention: .*B=3"),
     ({"kv_lens": torch.tensor([1.0, 2.0])}, TypeError, "attention: kv_lens must be one of .*got float32"),
     ({"dtype": torch.int64}, TypeError, "attention: q must be one of .*got int64"),
+    ({name: (2, 4, 2, 0) for name in "qk"}, ValueError, r"attention: q must have a head size .*got \(2, 4, 2, 0\)"),
+    ({"scale": torch.nan}, ValueError, "attention: scale must be finite, got nan"),
+    ({"sinks": torch.zeros(4, device="meta")}, ValueError, "attention: sinks must be on the device of q, cpu"),
+    ({"kv_lens": torch.empty(2, dtype=torch.int64, device="meta")}, ValueError, "attention: kv_lens must be on"),
 ])  # fmt: skip
 def test_errors_name_the_argument(change, error, message):
     dtype = change.pop("dtype", torch.float32)
@@ -238,3 +242,44 @@ def test_the_cache_path_in_the_kernels():
         k[b, n:], v[b, n:] = float("nan"), float("nan")
     with use("triton"):
         torch.testing.assert_close(attention(q, k, v, kv_lens=lens), want)
+
+
+@pytest.mark.parametrize("body", ["eager", "triton"])
+@pytest.mark.usefixtures("on_device")
+def test_no_gradient_of_an_lse_of_minus_inf(body):
+    """A query that sees nothing has none, even where what comes for its lse is NaN, as 2 * -inf * 0 of a square is."""
+    q, k, v = (torch.randn(1, n, 2, 16, requires_grad=True) for n in (4, 2, 2))
+    with use(body):
+        _, lse = attention(q, k, v, return_lse=True)
+        dq, dk = torch.autograd.grad(lse.square()[lse.isfinite()].sum(), (q, k))
+    assert (dq[:, :2] == 0).all() and dq.isfinite().all() and dk.isfinite().all() and (dk != 0).any()
+
+
+@pytest.mark.parametrize("body", ["eager", "triton"])
+@pytest.mark.usefixtures("on_device")
+def test_a_length_beyond_the_cache_counts_as_all_of_it(body):
+    q, k, v = (torch.randn(2, n, 2, 16) for n in (3, 5, 5))
+    with use(body):
+        got = attention(q, k, v, kv_lens=torch.tensor([9, -1]))
+        torch.testing.assert_close(got[:1], attention(q[:1], k[:1], v[:1]))
+    assert (got[1] == 0).all()
+
+
+@pytest.mark.usefixtures("on_device")
+def test_two_calls_with_one_scale_compile():
+    """A scale that a module holds is a symbol under ``dynamic=True``."""
+    torch._dynamo.reset()
+
+    class Twice(torch.nn.Module):
+        scale = 0.3
+
+        def forward(self, q, k, v):
+            return attention(attention(q, k, v, scale=self.scale), k, v, scale=self.scale)
+
+    module = Twice()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    q, k, v = (torch.randn(1, 5, 2, 16, requires_grad=True) for _ in range(3))
+    with use("triton"):
+        for module.scale in (0.3, 0.2):
+            grads = [torch.autograd.grad(f(q, k, v).sum(), (q, k, v)) for f in (compiled, module)]
+            torch.testing.assert_close(*grads)

@@ -60,9 +60,10 @@ def test_gradient_does_not_depend_on_other_tokens():
 
 
 @bodies
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("integers", [torch.int64, torch.int32])
-def test_any_shape_of_tokens(body, integers):
-    w = torch.randn(6, 5, requires_grad=True)
+def test_any_shape_of_tokens(body, integers, dtype):
+    w = torch.randn(6, 5, dtype=dtype, requires_grad=True)
     tokens = torch.randint(6, (2, 3, 4), dtype=integers)
     for t in (tokens, tokens[0, 0, 0], tokens[:, :0], tokens.transpose(0, 2), tokens[..., ::2]):
         with use(body):
