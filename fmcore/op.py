@@ -58,10 +58,10 @@ class Op:
         """Whether the caller should take its plain PyTorch path.
 
         It should when that was asked for by name, and for a first argument that is not on a GPU when the operator has
-        no body for a CPU that accepts ``args``.
+        no body for a CPU that accepts ``args``. Of a first argument that is a list of tensors the first one counts.
         """
         forced = self._choice()
-        if forced is not None or args[0].is_cuda:
+        if forced is not None or _first(args).is_cuda:
             return forced == "eager"
         return "cpu" not in self.bodies or not self.bodies["cpu"][1](*args)
 
@@ -75,9 +75,7 @@ class Op:
 
     def _run(self, *args: Any) -> Any:
         """What the dispatcher calls: choose a body and run it."""
-        x = args[0]
-        if isinstance(x, list) and x:
-            x = x[0]
+        x = _first(args)
         if isinstance(x, torch.Tensor) and x.is_cuda and x.device.index != torch.cuda.current_device():
             # Triton launches on the current device, wherever the tensors are.
             with torch.cuda.device(x.device):
@@ -95,6 +93,12 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         return self._overload(*args)
+
+
+def _first(args: tuple[Any, ...]) -> Any:
+    """The first argument, or what stands first in it where it is a list."""
+    x = args[0]
+    return x[0] if isinstance(x, (list, tuple)) and x else x
 
 
 @contextmanager

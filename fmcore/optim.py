@@ -17,6 +17,8 @@ from fmcore.kernels import multi_tensor as mt
 from fmcore.kernels.adamw import AdamWOptions, adamw_
 from fmcore.kernels.lion import LionOptions, lion_
 from fmcore.kernels.muon import COEFFICIENTS, MuonOptions, muon_
+from fmcore.param_groups import decay_groups as decay_groups
+from fmcore.param_groups import muon_groups as muon_groups
 
 # Tensors with fewer elements keep wide moments, as in bitsandbytes: norm weights and biases are sensitive and small.
 LEAST_8BIT = 4096
@@ -31,7 +33,7 @@ CODES = {
 RUNS = ("foreach", "fused", "capturable")
 UNKNOWN = ("amsgrad", "maximize", "differentiable")
 
-Item = tuple[int, nn.Parameter]  # number of its group, parameter with a gradient
+Item = tuple[int, nn.Parameter, Tensor, dict[str, Any]]  # number of its group, parameter, gradient, state
 
 
 class Stepper(torch.optim.Optimizer):
@@ -47,15 +49,23 @@ class Stepper(torch.optim.Optimizer):
                 raise TypeError(f"{name}: got an unexpected argument {key!r}")
             if key in UNKNOWN and value:
                 raise ValueError(f"{name}: {key} must be off, it is not supported")
+        # By name: a loaded group that lacks it takes it from here.
+        defaults["state_dtype"] = str(defaults["state_dtype"]).removeprefix("torch.")
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        self._check(self.param_groups[-1])
+        try:
+            self._check(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
     def _check(self, group: dict[str, Any]) -> None:
         name, lr = type(self).__name__, group["lr"]
         # A tensor on a GPU cannot be looked at without waiting for it.
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"{name}: lr must be a number or a tensor of one, got {tuple(lr.shape)}")
         low = not isinstance(lr, Tensor) and not lr >= 0
         if low or not (
             group.get("eps", 0) >= 0 and group["weight_decay"] >= 0 and all(0 <= b < 1 for b in group.get("betas", ()))
@@ -69,6 +79,9 @@ class Stepper(torch.optim.Optimizer):
             raise ValueError(
                 f"{name}: state_dtype must be one of {', '.join(STATE_DTYPES)}, got {group['state_dtype']}"
             )
+        if len(set(group["params"])) < len(group["params"]):
+            # PyTorch warns only; here two programs of one launch would write to it.
+            raise ValueError(f"{name}: a parameter must be given once, got one several times in a group")
         for p in group["params"]:
             if not p.is_floating_point():
                 raise TypeError(f"{name}: parameters must be floating, got {str(p.dtype)[6:]}")
@@ -88,6 +101,7 @@ class Stepper(torch.optim.Optimizer):
         With ``closure``, which evaluates the loss anew, its result is returned instead. With ``clip`` the step is that
         of gradients scaled to a norm of at most ``clip``; ``.grad`` itself may be scaled on the way.
         """
+        mt.check_clip(f"{type(self).__name__}.step", clip)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -95,29 +109,29 @@ class Stepper(torch.optim.Optimizer):
         devices: dict[torch.device, list[Item]] = defaultdict(list)
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if p.grad is not None:
-                    if not self.state[p]:
+                if (g := p.grad) is not None:
+                    if not (state := self.state[p]):
                         self._start(p, group)
-                    devices[p.device].append((i, p))
+                    devices[p.device].append((i, p, g, state))
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         norm = self._norm(devices)
         finite = any(group["finite_check"] for group in self.param_groups)
         for device, items in devices.items():
             near = {
-                name: t if t is None else t.to(device, non_blocking=True)
+                name: t if t is None else _sent(t, device)
                 for name, t in (("norm", norm), ("grad_scale", scale), ("found_inf", found_inf))
             }
             self._apply(items, {**near, "clip": clip, "finite_check": finite})
         if closure is not None:
             return loss
-        return norm if scale is None else norm / scale.to(norm.device, non_blocking=True)
+        return norm if scale is None else norm / _sent(scale, norm.device)
 
     @staticmethod
     def _norm(devices: dict[torch.device, list[Item]]) -> Tensor:
-        norms = [mt.grad_norm([p.grad for _, p in items if p.grad is not None]) for items in devices.values()]
+        norms = [mt.grad_norm([g for _, _, g, _ in items]) for items in devices.values()]
         if len(norms) < 2:
             return norms[0] if norms else torch.zeros(())
-        return torch.linalg.vector_norm(torch.stack([n.to(norms[0], non_blocking=True) for n in norms]))
+        return torch.linalg.vector_norm(torch.stack([_sent(n, norms[0].device).to(norms[0]) for n in norms]))
 
     def _start(self, p: Tensor, group: dict[str, Any]) -> None:
         """Step 0: moments of zero in the group's format, and an fp32 master where steps add up in one."""
@@ -184,13 +198,24 @@ class Stepper(torch.optim.Optimizer):
         for group in state_dict["param_groups"]:
             if on := [key for key in UNKNOWN if group.get(key)]:
                 raise ValueError(f"{type(self).__name__}: {on[0]} of the loaded state must be off, it is not supported")
-        super().load_state_dict(state_dict)
-        # PyTorch has cast all of it to the dtypes of parameters, codes and masters too.
-        self.state.clear()
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, (p, group) in zip(saved, self._groups().items(), strict=True):
-            if state_dict["state"].get(i):
-                self._take(p, group, state_dict["state"][i])
+        given: list[dict[str, Any]] = []
+
+        def take(_: torch.optim.Optimizer) -> None:
+            # PyTorch has cast all of it to the dtypes of parameters, codes and masters too.
+            self.state.clear()
+            saved = [i for group in given[0]["param_groups"] for i in group["params"]]
+            for i, (p, group) in zip(saved, self._groups().items(), strict=True):
+                if given[0]["state"].get(i):
+                    self._take(p, group, given[0]["state"][i])
+
+        # After the hooks of others that change what is loaded, before those that look at what was.
+        last = self.register_load_state_dict_pre_hook(lambda _, changed: given.append(changed))
+        first = self.register_load_state_dict_post_hook(take, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in (last, first):
+                hook.remove()
 
     def tensors(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state as tensors named ``parameter:key``, for a safetensors file.
@@ -212,7 +237,11 @@ class Stepper(torch.optim.Optimizer):
             if colon:
                 states[name][piece] = t
         for name, p in named.items():
-            if p in groups and p.requires_grad and states[name]:
+            if p not in groups or not p.requires_grad:
+                continue
+            # Of a parameter without a gradient so far there is nothing.
+            self.state.pop(p, None)
+            if states[name]:
                 try:
                     self._take(p, groups[p], states[name])
                 except ValueError as e:
@@ -220,29 +249,33 @@ class Stepper(torch.optim.Optimizer):
                 if missing := self.state[p].keys() - states[name].keys() - {f"{m}_absmax" for m in CODES}:
                     raise InputError(f"optimizer: {name}:{min(missing)} must be there, got nothing")
 
-    def _like(self, items: list[Item]) -> Iterable[tuple[list[int], list[nn.Parameter], list[dict], dict[str, Any]]]:
-        """Items that an operator takes together: groups, parameters, states, and their arguments by keyword."""
+    def _like(self, items: list[Item]) -> Iterable[tuple[list, list, list, list, dict[str, Any]]]:
+        """Items that an operator takes together: groups, parameters, gradients, states, and arguments by keyword."""
         found: dict[tuple, list[Item]] = defaultdict(list)
-        for i, p in items:
-            state, group = self.state[p], self.param_groups[i]
+        for item in items:
+            group, state = self.param_groups[item[0]], item[3]
             kept = ("master" in state, "exp_avg_absmax" in state)
-            found[(*kept, group["stochastic_rounding"], group["seed"])].append((i, p))
+            # Moments in bf16 need it: the thousandth that a second moment changes by in a step is less than half of its
+            # last bit, so that to nearest it would neither grow nor decay. Parameters that have a master do not notice.
+            stochastic = group["stochastic_rounding"] or group["state_dtype"] == "bfloat16"
+            found[(*kept, stochastic, group["seed"])].append(item)
         for (master, _, stochastic, seed), same in found.items():
-            states = [self.state[p] for _, p in same]
-            yield [i for i, _ in same], [p for _, p in same], states, {
+            groups, params, grads, states = map(list, zip(*same, strict=True))
+            yield groups, params, grads, states, {
                 "masters": [s["master"] for s in states] if master else (),
                 "stochastic_rounding": stochastic,
                 "seed": seed,
             }  # fmt: skip
 
 
+def _sent(t: Tensor, device: torch.device) -> Tensor:
+    """``t`` on ``device``. A CPU waits: what a copy that nobody waited for holds there is not known."""
+    return t if t.device == device else t.to(device, non_blocking=device.type != "cpu")
+
+
 def _listed(states: list[dict], name: str) -> list[Tensor]:
     """A piece of all states, or nothing where they do not have it."""
     return [s[name] for s in states] if name in states[0] else []
-
-
-def _grads(params: list[nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
 
 
 class AdamW(Stepper):
@@ -254,8 +287,8 @@ class AdamW(Stepper):
         weight_decay: decoupled; each step multiplies parameters by ``1 - lr * weight_decay``.
         state_dtype: of the moments, float32, bfloat16 or 8bit (int8 codes with an absmax for each 256 elements; not for
             tensors below 4096 elements). fp64 parameters have fp64 moments whatever this says.
-        stochastic_rounding: bf16 parameters and moments round at random with the right mean, and these parameters
-            have no fp32 master. Other 16-bit parameters have one.
+        stochastic_rounding: bf16 parameters round at random with the right mean, and have no fp32 master. Other 16-bit
+            parameters have one. Moments in bf16 round at random anyway: to nearest they would stand still.
         seed: of that rounding, in [0, 2^31). A resumed run draws what it would have drawn.
         finite_check: a step whose gradient is not finite does not happen and is not counted.
         torch_only: ``foreach``, ``fused`` and ``capturable`` change nothing; ``amsgrad``, ``maximize`` and
@@ -292,10 +325,10 @@ class AdamW(Stepper):
             )
             for g in self.param_groups
         ]
-        for groups, params, states, given in self._like(items):
+        for groups, params, grads, states, given in self._like(items):
             m, v, steps = (_listed(states, name) for name in ("exp_avg", "exp_avg_sq", "step"))
             absmax = (_listed(states, "exp_avg_absmax"), _listed(states, "exp_avg_sq_absmax"))
-            adamw_(params, _grads(params), m, v, steps, options, groups=groups, absmax=absmax, **given, **scaling)
+            adamw_(params, grads, m, v, steps, options, groups=groups, absmax=absmax, **given, **scaling)
 
 
 class Lion(Stepper):
@@ -332,9 +365,9 @@ class Lion(Stepper):
             LionOptions(lr=g["lr"], beta1=g["betas"][0], beta2=g["betas"][1], weight_decay=g["weight_decay"])
             for g in self.param_groups
         ]
-        for groups, params, states, given in self._like(items):
+        for groups, params, grads, states, given in self._like(items):
             m, steps, absmax = (_listed(states, name) for name in ("exp_avg", "step", "exp_avg_absmax"))
-            lion_(params, _grads(params), m, steps, options, groups=groups, absmax=absmax, **given, **scaling)
+            lion_(params, grads, m, steps, options, groups=groups, absmax=absmax, **given, **scaling)
 
 
 class Muon(AdamW):
@@ -387,20 +420,20 @@ class Muon(AdamW):
         return ("momentum_buffer",) if group["use_muon"] else super()._moments(group)
 
     def _apply(self, items: list[Item], scaling: dict[str, Any]) -> None:
-        others = [(i, p) for i, p in items if not self.param_groups[i]["use_muon"]]
+        others = [item for item in items if not self.param_groups[item[0]]["use_muon"]]
         if others:
             super()._apply(others, scaling)
         for i, group in enumerate(self.param_groups):
-            mine = [p for j, p in items if i == j]
+            mine = [item for item in items if item[0] == i]
             if group["use_muon"] and mine:
                 options = _muon_options(group)
                 # Parameters of 16 bits have masters and others do not, so that they step apart.
                 for narrow in (True, False):
-                    same = [p for p in mine if ("master" in self.state[p]) == narrow]
-                    states = [self.state[p] for p in same]
+                    same = [item for item in mine if ("master" in item[3]) == narrow]
                     if same:
+                        _, params, grads, states = map(list, zip(*same, strict=True))
                         momenta, masters = (_listed(states, name) for name in ("momentum_buffer", "master"))
-                        muon_(same, _grads(same), momenta, options, masters=masters, **scaling)
+                        muon_(params, grads, momenta, options, masters=masters, **scaling)
 
 
 def _muon_options(group: dict[str, Any]) -> MuonOptions:
@@ -408,39 +441,3 @@ def _muon_options(group: dict[str, Any]) -> MuonOptions:
         group["lr"], group["weight_decay"], group["momentum"], group["nesterov"], group["ns_steps"],
         tuple(group["ns_coefficients"]), group["muon_eps"], group["adjust_lr_fn"] or "original",
     )  # fmt: skip
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: matrices decay, vectors (norm weights, biases) do not."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def muon_groups(
-    model: nn.Module, weight_decay: float, heads: tuple[str, ...] = ("head", "lm_head", "classifier")
-) -> list[dict]:
-    """Trainable parameters in three groups for ``Muon``: hidden matrices; other matrices by AdamW; vectors, no decay.
-
-    Other matrices are embeddings (of ``nn.Embedding``), heads (of modules whose last name is in ``heads``), whose rows
-    are tokens and not directions of one space, and whatever has more than two dimensions.
-    """
-    apart = {
-        p
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) or name.rpartition(".")[2] in heads
-        for p in module.parameters(recurse=False)
-    }
-    params = [p for p in model.parameters() if p.requires_grad]
-    hidden = [p for p in params if p.ndim == 2 and p not in apart]
-    return [
-        {"params": hidden, "weight_decay": weight_decay, "use_muon": True},
-        {
-            "params": [p for p in params if p.ndim >= 2 and (p.ndim > 2 or p in apart)],
-            "weight_decay": weight_decay,
-            "use_muon": False,
-        },
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0, "use_muon": False},
-    ]

@@ -197,17 +197,18 @@ def adamw_cpu(*args) -> None:
     """PyTorch's single pass where all lists have one dtype; else the reference, tensor by tensor."""
     on, how = Lists(*args[:8]), mt.How(*args[8:])
     wide = on.masters or on.params
-    if on.absmax1 or any(
-        t.dtype != wide[0].dtype or not t.is_contiguous() for ts in (wide, on.exp_avgs, on.exp_avg_sqs) for t in ts
+    dtype = wide[0].dtype
+    if on.absmax1 or not all(
+        [t.dtype == dtype and t.is_contiguous() for ts in (wide, on.exp_avgs, on.exp_avg_sqs) for t in ts]
     ):
         return adamw_eager(*args)
     scale, live = how.scale
     if live is not None and not live:
         return None
-    # For a parameter that is its own master, ``to`` gives the gradient itself.
-    grads = [g.to(wide[0].dtype).contiguous() for g in on.grads]
-    torch._foreach_add_(on.steps, 1)
-    if scale is not None and wide[0].dtype == torch.float64:
+    grads = [g if g.dtype == dtype and g.is_contiguous() else g.to(dtype).contiguous() for g in on.grads]
+    # One tensor for all: of a number each addition would make its own.
+    torch._foreach_add_(on.steps, torch.ones((), dtype=torch.float32, device="cpu"), alpha=1)
+    if scale is not None and dtype == torch.float64:
         grads, scale = list(torch._foreach_div(grads, scale.double())), None
     # Whatever the gradients are, the single pass takes their scale in fp32.
     scale = None if scale is None else scale.float()
@@ -267,7 +268,8 @@ def adamw_(
 
     Args:
         exp_avgs, exp_avg_sqs: moments in the shape of their parameter: fp64 for fp64, else fp32 or bf16 alike, or codes
-            int8 and uint8 with ``absmax``, two lists of fp32 (ceil(numel / 256),), one for each moment.
+            int8 and uint8 with ``absmax``, two lists of fp32 (ceil(numel / 256),), one for each moment. In bf16 they
+            want ``stochastic_rounding``: to nearest, a ``beta`` above 0.998 leaves a moment where it is.
         options, groups: one for all, or several and which of them each parameter takes.
         masters: fp32 parameters that the steps add up in, of which ``params`` (16 bits) become the rounded copies.
         norm: of all gradients as they are; measured from ``grads`` where it is needed and not given.
@@ -287,11 +289,12 @@ def adamw_(
     mt.check_lists("adamw_", params, dict(grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs), steps, masters)
     mt.check_states("adamw_", params, dict(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs), absmax)
     groups = mt.check_groups("adamw_", len(params), len(options), groups)
+    mt.check_clip("adamw_", clip)
     mt.check_seed("adamw_", seed)
     check.dtype("adamw_", norm=norm, grad_scale=grad_scale, found_inf=found_inf)
     if norm is None and (clip is not None or finite_check):
         norm = mt.grad_norm(grads)
-    body = adamw_eager if step_op.eager(params[0]) else step_op
+    body = adamw_eager if step_op.eager(list(params)) else step_op
     with torch.no_grad():
         body(
             list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), list(masters),

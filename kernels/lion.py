@@ -201,11 +201,12 @@ def lion_(
     mt.check_lists("lion_", params, dict(grads=grads, exp_avgs=exp_avgs), steps, masters)
     mt.check_states("lion_", params, dict(exp_avgs=exp_avgs), (absmax,))
     groups = mt.check_groups("lion_", len(params), len(options), groups)
+    mt.check_clip("lion_", clip)
     mt.check_seed("lion_", seed)
     check.dtype("lion_", norm=norm, grad_scale=grad_scale, found_inf=found_inf)
     if norm is None and (clip is not None or finite_check):
         norm = mt.grad_norm(grads)
-    body = lion_eager if step_op.eager(params[0]) else step_op
+    body = lion_eager if step_op.eager(list(params)) else step_op
     rows = [(o.lr, o.beta1, o.beta2, 0.0, o.weight_decay) for o in options]
     with torch.no_grad():
         body(

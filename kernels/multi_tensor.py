@@ -430,7 +430,7 @@ grad_norm_op = Op(
 
 
 def _statistic(tensors: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
 
 
 def grad_norm_ref(grads: Sequence[Tensor]) -> Tensor:
@@ -467,12 +467,15 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     """
     if not grads:
         raise ValueError("grad_norm: grads must hold at least one tensor, got none")
+    device = grads[0].device
     for i, g in enumerate(grads):
         if g.dtype not in check.FLOATS:
             check.dtype("grad_norm", check.FLOATS, **{f"grads[{i}]": g})
-        if g.device != grads[0].device:
-            raise ValueError(f"grad_norm: grads[{i}] must be on {grads[0].device} like the first, got {g.device}")
-    return grad_norm_ref(grads) if grad_norm_op.eager(grads[0]) else grad_norm_op(list(grads))
+        if g.layout != torch.strided:
+            raise ValueError(f"grad_norm: grads[{i}] must be dense, got {str(g.layout)[6:]}")
+        if g.device != device:
+            raise ValueError(f"grad_norm: grads[{i}] must be on {device} like the first, got {g.device}")
+    return grad_norm_ref(grads) if grad_norm_op.eager(list(grads)) else grad_norm_op(list(grads))
 
 
 # The second pass: what every optimizer shares.
@@ -482,7 +485,8 @@ HYPER = 7
 def hyper(rows: Sequence[tuple[float | Tensor, float, float, float, float]]) -> tuple[list[float], list[Tensor | None]]:
     """What an operator takes for rows (lr, beta1, beta2, eps, weight_decay): numbers, and rates that are tensors."""
     lrs = [lr if isinstance(lr, Tensor) else None for lr, *_ in rows]
-    numbers = [0.0 if isinstance(n, Tensor) else float(n) for row in rows for n in row]
+    # The others are read where they are tensors, which PyTorch allows too.
+    numbers = [n for lr, *rest in rows for n in (0.0 if isinstance(lr, Tensor) else float(lr), *map(float, rest))]
     return numbers, lrs
 
 
@@ -609,6 +613,9 @@ def check_lists(
     for name, tensors, wanted, dtypes in lists:
         if len(tensors) != len(params):
             raise ValueError(f"{op}: {name} must be as long as params, {len(params)}, got {len(tensors)}")
+        kinds = {t.dtype for t in tensors} if dtypes else set()
+        if [t.shape for t in tensors] == wanted and {t.device for t in tensors} <= {device} and kinds <= {*dtypes}:
+            continue
         for i, (shape, t) in enumerate(zip(wanted, tensors, strict=True)):
             if t.shape != shape:
                 raise ValueError(f"{op}: {name}[{i}] must be {tuple(shape)} like its parameter, got {tuple(t.shape)}")
@@ -626,6 +633,9 @@ def check_states(
     for (name, tensors), scales, codes in zip(moments.items(), absmax, (torch.int8, torch.uint8), strict=False):
         if len(scales) not in (0, len(params)):
             raise ValueError(f"{op}: absmax of {name} must be as long as params, {len(params)}, got {len(scales)}")
+        kinds = {(p.dtype, t.dtype) for p, t in zip(params, tensors, strict=True)}
+        if not scales and all(kind in (accumulator(dtype)[0], torch.bfloat16) for dtype, kind in kinds):
+            continue
         for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
             allowed = (codes,) if scales else (accumulator(p.dtype)[0], torch.bfloat16)
             if t.dtype not in allowed:
@@ -644,6 +654,11 @@ def check_groups(op: str, n: int, options: int, groups: Sequence[int] | None) ->
     if len(groups) != n or any(not 0 <= group < options for group in groups):
         raise ValueError(f"{op}: groups must be {n} numbers below {options}, one a parameter, got {groups}")
     return groups
+
+
+def check_clip(op: str, clip: float | None) -> None:
+    if clip is not None and not clip > 0:
+        raise ValueError(f"{op}: clip must be above 0 or None, got {clip}")
 
 
 def check_seed(op: str, seed: int) -> None:

@@ -147,14 +147,18 @@ def muon_(
         if p.ndim != 2:
             raise ValueError(f"muon_: params[{i}] must be a matrix (R, C), got {tuple(p.shape)}")
         check.dtype("muon_", (accumulator(p.dtype)[0],), **{f"momentum_buffers[{i}]": m})
+    mt.check_clip("muon_", clip)
     check.dtype("muon_", norm=norm, grad_scale=grad_scale, found_inf=found_inf)
     if norm is None and (clip is not None or finite_check):
         norm = mt.grad_norm(grads)
     with torch.no_grad():
         scale, live = mt.scale_of(norm, clip, grad_scale, found_inf, finite_check)
         lr: float | Tensor = options.lr
-        if isinstance(lr, Tensor) and lr.device.type == "cpu":
-            lr = lr.item()
+        if isinstance(lr, Tensor):
+            # Read where one of both is on a CPU; else it goes to the matrices, whichever GPU it was on.
+            device = params[0].device
+            host = "cpu" in (lr.device.type, device.type)
+            lr = lr.item() if host else lr.reshape(()).to(device, non_blocking=True)
         for at in _together(params):
             mine, g, momenta = ([ts[i] for i in at] for ts in (masters or params, grads, momentum_buffers))
             _step(mine, g, momenta, options, lr, scale, live)

@@ -20,9 +20,9 @@ WITHOUT_ROWS = {"adamw", "lion", "muon"}
 SOURCES = sorted(p for top in ("fmcore", "kernels", "benchmarks") for p in (ROOT / top).rglob("*.py"))
 SOURCES = [p for p in SOURCES if "fmcore/kernels" not in str(p) and "fmcore/csrc" not in str(p)]
 # From the bottom to the top: a room may import those before it, not those after it.
-ROOMS = ("errors", "files", "device", "check", "op", "kernels", "ops", "nn", "optim", "models", "data", "evaluate",
-         "generate", "adapt", "train", "arguments", "load", "options", "jobs", "demo", "doctor", "commands", "cli",
-         "__main__")  # fmt: skip
+ROOMS = ("errors", "files", "device", "check", "op", "kernels", "ops", "nn", "param_groups", "optim", "models", "data",
+         "evaluate", "generate", "adapt", "train", "arguments", "load", "options", "jobs", "demo", "doctor", "commands",
+         "cli", "__main__")  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

@@ -1,11 +1,14 @@
 """The optimizer against ``torch.optim.AdamW`` with ``clip_grad_norm_`` in front."""
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
 from tables import reachable
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmcore.errors import InputError
 from fmcore.files import read_safetensors, write_safetensors
@@ -496,6 +499,146 @@ def test_the_triton_body_steps_as_the_others(make):
         torch.testing.assert_close(norm, b.step(clip=1.0), rtol=1e-5, atol=0)
     # One bf16 rounding, where masters differ in their last bits.
     same(mine, plain, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 3)], ids=str)
+@pytest.mark.parametrize("make", [AdamW, Lion])
+def test_the_first_parameter_may_be_a_number_or_empty(make, shape):
+    """The body is chosen by the device of the first tensor, whatever its shape."""
+    params = [nn.Parameter(torch.ones(s)) for s in (shape, (3,))]
+    for p in params:
+        p.grad = torch.full_like(p, 2.0)
+    norm = make(params, lr=0.5, weight_decay=0.0).step(clip=1.0)
+    assert norm == 2 * (params[0].numel() + 3) ** 0.5
+    for p in params:
+        torch.testing.assert_close(p.detach(), torch.full_like(p, 0.5))
+
+
+@pytest.mark.parametrize("make", [AdamW, Lion])
+def test_options_may_be_tensors(make):
+    """``torch.optim`` takes betas that are; a decay may become one."""
+    number, tensor = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    a = make([number], lr=0.1, betas=(0.75, 0.875), weight_decay=0.5)
+    b = make([tensor], lr=0.1, betas=(torch.tensor(0.75), torch.tensor(0.875)), weight_decay=torch.tensor(0.5))
+    for g in (1.0, -0.1, 0.3):
+        for p, optimizer in ((number, a), (tensor, b)):
+            p.grad = torch.full_like(p, g)
+            optimizer.step()
+    assert torch.equal(number, tensor)
+
+
+def test_bf16_moments_grow_and_decay():
+    """A step changes the second moment by a thousandth, less than half of the last bit of bf16."""
+    ends = {}
+    for kind in ("float32", "bfloat16"):
+        p = nn.Parameter(torch.ones(512))
+        optimizer = AdamW([p], lr=1e-4, weight_decay=0.0, state_dtype=kind)
+        second = []
+        for i in range(1200):
+            p.grad = torch.full_like(p, 1.0 if i < 600 else 0.01)
+            optimizer.step()
+            if i % 600 == 599:
+                second.append(optimizer.state[p]["exp_avg_sq"].double().mean().item())
+        ends[kind] = (*second, 1 - p.mean(dtype=torch.float64).item())
+    assert ends["float32"][:2] == pytest.approx((0.451, 0.248), abs=1e-3)
+    # To nearest these are 0.25, 0.25 and a way that is a third longer.
+    assert ends["bfloat16"] == pytest.approx(ends["float32"], rel=0.03)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_what_cannot_be_stepped_is_refused():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    with pytest.raises(ValueError, match="Lion: a parameter must be given once"):
+        Lion([{"params": [p, p]}])
+    with pytest.raises(ValueError, match=r"AdamW: lr must be a number or a tensor of one, got \(2,\)"):
+        AdamW([p], lr=torch.ones(2))
+    optimizer = AdamW([p])
+    with pytest.raises(ValueError, match="AdamW: lr, eps and weight_decay must be"):
+        optimizer.add_param_group({"params": [q], "lr": -1.0})
+    assert len(optimizer.param_groups) == 1, "what was refused is not there"
+    optimizer.add_param_group({"params": [q]})
+    for clip in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="AdamW.step: clip must be above 0 or None, got"):
+            optimizer.step(clip=clip)
+    p.grad = torch.ones(3).to_sparse()
+    with pytest.raises(ValueError, match=r"grad_norm: grads\[0\] must be dense, got sparse_coo"):
+        optimizer.step()
+
+
+def test_hooks_around_loading():
+    """Those before may change what is loaded, those after see the state as it will be used."""
+    model = wide_net(torch.bfloat16)
+    backward(model, 0)
+    first = AdamW(model.parameters(), state_dtype="8bit")
+    first.step()
+    second, seen = AdamW(model.parameters()), []
+
+    def change(_, given):
+        given = copy.deepcopy(given)
+        given["state"][0]["exp_avg"].fill_(7.0)
+        given["param_groups"][0]["lr"] = 0.25
+        return given
+
+    second.register_load_state_dict_pre_hook(change)
+    second.register_load_state_dict_post_hook(lambda o: seen.append({k: t.dtype for k, t in o.state[last].items()}))
+    last = model[2].weight
+    second.load_state_dict(first.state_dict())
+    assert (second.state[model[0].weight]["exp_avg"] == 7).all() and second.param_groups[0]["lr"] == 0.25
+    assert seen[0]["master"] == torch.float32 and seen[0]["exp_avg"] == torch.int8
+    second.load_state_dict(first.state_dict())
+    assert len(seen) == 2, "hooks of a load do not stay"
+
+
+def test_a_dtype_as_format_is_kept_by_what_is_loaded():
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    theirs, mine = torch.optim.AdamW([p]), AdamW([p], state_dtype=torch.bfloat16)
+    theirs.step()
+    mine.load_state_dict(theirs.state_dict())
+    assert mine.param_groups[0]["state_dtype"] == "bfloat16" and mine.state[p]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_loading_forgets_what_had_no_gradient_yet():
+    model = net()
+    optimizer, named = AdamW(model.parameters()), dict(model.named_parameters())
+    for i in range(2):
+        backward(model, i)
+        if i == 0:
+            model[3].bias.grad = None
+        optimizer.step()
+        if i == 0:
+            saved = {name: t.clone() for name, t in optimizer.tensors(named).items()}
+    optimizer.load_tensors(named, saved)
+    assert not optimizer.state.get(model[3].bias) and optimizer.state[model[3].weight]["step"] == 1
+
+
+class Copies(TorchDispatchMode):
+    """Copies from a GPU to a CPU, and whether each was waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func._schema.name == "aten::_to_copy" and kwargs.get("device") == torch.device("cpu") and args[0].is_cuda:
+            self.waited.append(not kwargs.get("non_blocking", False))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("first", ["cpu", "cuda"])
+def test_a_cpu_waits_for_what_comes_from_a_gpu(first):
+    """A copy that is not waited for holds anything: norm, loss scale and verdict of a step over both devices."""
+    with FakeTensorMode():
+        params = [nn.Parameter(torch.empty(4, device=d)) for d in (first, "cpu" if first == "cuda" else "cuda")]
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer = AdamW(params)
+        optimizer.grad_scale, optimizer.found_inf = (torch.empty((), device="cuda") for _ in range(2))
+        # The CPU looks at the verdict, which has no value here.
+        with Copies() as copies, suppress(DataDependentOutputException):
+            optimizer.step(clip=1.0)
+    assert copies.waited and all(copies.waited)
 
 
 # Muon.

@@ -257,15 +257,16 @@ def test_same_bits_each_time(dtype):
 
 
 # Stochastic rounding.
-def test_stochastic_rounding_draws_the_same_in_every_body():
+@pytest.mark.parametrize("dtype, master", [(BF16, False), (BF16, True), (F32, False)])
+def test_stochastic_rounding_draws_the_same_in_every_body(dtype, master):
     """Bits may differ only where fp32 differs in its last bit, which moves the threshold of one in 2^16."""
     grads = drawn(2, BF16, device="cpu")
     lists = [
-        run(body, made(BF16, (BF16, BF16), device="cpu"), grads, stochastic_rounding=True, seed=7)
+        run(body, made(dtype, (BF16, BF16), master, device="cpu"), grads, stochastic_rounding=True, seed=7)
         for body in ("eager", "triton" if not ON_GPU else "eager")
     ]
     pairs = [(a, b) for a, b in zip(*(x.all for x in lists), strict=True) if a.numel()]
-    assert sum(int((a != b).sum()) for a, b in pairs) <= 10
+    assert sum(int((a != b).sum()) for a, b in pairs if a.dtype == BF16) <= 10
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
 

@@ -177,6 +177,10 @@ def test_on_a_gpu_products_are_bf16_and_nothing_waits():
         with Seen() as seen:
             muon_(*lists, replace(OPTIONS, lr=scalar), clip=1.0, norm=scalar, found_inf=scalar)
     assert seen.products == {BF16} and "aten::_local_scalar_dense" not in seen.names
+    with FakeTensorMode():
+        # A rate on another GPU, and of one element: torch.optim takes it.
+        rate = torch.empty(1, device="cuda:1")
+        muon_(*([torch.empty(3, 4, device="cuda:0")] for _ in range(3)), replace(OPTIONS, lr=rate))
 
 
 @pytest.mark.parametrize("change, error, message", [

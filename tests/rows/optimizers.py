@@ -41,6 +41,9 @@ COMPILED = {
     "adamw float32": partial(_step, (F32, F32), F32, clip=1.0),
     "adamw bfloat16 with masters": partial(_step, (F32, F32), BF16, master=True, clip=1.0),
     "adamw bfloat16 with bfloat16 moments, stochastic": partial(_step, (BF16, BF16), BF16, stochastic=True),
+    "adamw bfloat16 with masters and bfloat16 moments, stochastic": partial(
+        _step, (BF16, BF16), BF16, master=True, stochastic=True
+    ),
     "adamw bfloat16 with 8-bit moments, stochastic": partial(_step, (I8, U8), BF16, stochastic=True),
     "lion float32": partial(_step, (F32,), F32),
     "lion bfloat16 with masters": partial(_step, (F32,), BF16, master=True),
