@@ -7,10 +7,12 @@
 
 Rules find the mutants in the source: inside functions under ``@triton.jit`` and inside the functions that launch them.
 The sample takes the rules in turn, so that the many constants do not crowd out the few stores. Every mutant is written
-into a copy of the tree, where the rows of tests/rows/ that name its file are run through tests/test_ops.py, then the
-operator's own file in tests/ops/ (for helpers in blocks.py those of a small operator that uses them). It is killed
-when a test fails or takes too long. One that no input can tell from the original stands in EQUIVALENT, with the reason,
-and is not counted; neither is one that cannot be imported. Survivors are tests that are missing.
+into a copy of the tree, where the rows of tests/rows/ that name its file are run through tests/test_ops.py and the
+operator's own file in tests/ops/, with those of the files that import its kernels; for blocks.py those of one small
+operator that uses the helper. Quick tests of all rows go before slow ones. Left out are bodies other than Triton,
+tests that compare the kernels with themselves compiled, and tests that plant bugs, which fail when a line has changed.
+It is killed when a test fails or takes too long. One that no input can tell from the original stands in EQUIVALENT,
+with the reason, and is not counted; neither is one that cannot be imported. Survivors are tests that are missing.
 
 The kernels run in the interpreter, also where there is a GPU: a bad address must not take the machine with it. This
 file is a pytest plugin too: it selects the tests in the copy.
@@ -30,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
@@ -128,6 +131,56 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "x2 = tl.load(",
         "",
     ): "every element goes its own way, and none off the mask is stored",
+    ("adamw.py", "64 bits dropped", "pid = tl.program_id(0)", ""): (
+        "it meets 3 alone, and 2^29 programs take 2^44 elements or 2^29 tensors"
+    ),
+    ("lion.py", "64 bits dropped", "pid = tl.program_id(0)", ""): (
+        "it meets 3 alone, and 2^29 programs take 2^44 elements or 2^29 tensors"
+    ),
+    ("multi_tensor.py", "64 bits dropped", "pid = tl.program_id(0)", ""): (
+        "it meets 3 alone, and 2^29 programs take 2^44 elements or 2^29 tensors"
+    ),
+    ("multi_tensor.py", "64 bits dropped", "t = tl.program_id(0)", ""): (
+        "no list has the 2^27 tensors that it takes to leave 32 bits"
+    ),
+    ("activation.py", "a comparison changed", "value = tl.where(x < 0", ""): (
+        "at 0 both branches are 0, and so is what comes of them"
+    ),
+    ("activation.py", "a comparison changed", "slope = tl.where(x <= 0, 0.0, 2 * x)", ""): (
+        "at 0 both branches are 0, and so is what comes of them"
+    ),
+    ("activation.py", "a comparison changed", "a = tl.where(a > FAR", ""): ("at FAR itself both branches are FAR"),
+    ("activation.py", "a comparison changed", "s = tl.where(x < 0", ""): ("at 0 e is 1 and both branches are 1/2"),
+    ("activation.py", "a comparison changed", "slope = tl.where(x < 0", ""): (
+        "at 0 the tail is 0, added or taken away"
+    ),
+    ("activation.py", "another filler", "x += tl.load(bias_ptr", ""): (
+        "columns off the mask have a dy of 0 and are not stored"
+    ),
+    ("activation.py", "a conversion dropped", "x += tl.load(bias_ptr", ""): ("its sum with a tile in ACC is in ACC"),
+    ("activation.py", "another filler", "bias = tl.load(bias_ptr", ""): (
+        "columns off the mask have a dy of 0 and are not stored"
+    ),
+    ("activation.py", "a conversion dropped", "bias = tl.load(bias_ptr", ""): ("its sum with a tile in ACC is in ACC"),
+    ("glu.py", "another filler", "g += tl.load(bias_ptr", ""): (
+        "columns off the mask have a dy of 0 and are not stored"
+    ),
+    ("glu.py", "a conversion dropped", "g += tl.load(bias_ptr", ""): ("its sum with a tile in ACC is in ACC"),
+    ("glu.py", "another filler", "u += tl.load(bias_ptr", ""): (
+        "columns off the mask have a dy of 0 and are not stored"
+    ),
+    ("glu.py", "a conversion dropped", "u += tl.load(bias_ptr", ""): ("its sum with a tile in ACC is in ACC"),
+    ("glu.py", "another filler", "gate_bias = tl.load(bias_ptr", ""): (
+        "columns off the mask have a dy of 0 and are not stored"
+    ),
+    ("glu.py", "a conversion dropped", "gate_bias = tl.load(bias_ptr", ""): ("its sum with a tile in ACC is in ACC"),
+    ("glu.py", "another filler", "up_bias = tl.load(bias_ptr", ""): (
+        "columns off the mask have a dy of 0 and are not stored"
+    ),
+    ("glu.py", "a conversion dropped", "up_bias = tl.load(bias_ptr", ""): ("its sum with a tile in ACC is in ACC"),
+    ("embedding.py", "a conversion dropped", "at = tl.where(tl.sum(same", ""): (
+        "tl.sum adds booleans as 32-bit integers by itself"
+    ),
 }
 
 COMPARE = {
@@ -247,8 +300,8 @@ class _Finder:
         if isinstance(node.func, ast.Attribute) and node.func.attr == "to" and len(node.args) == 1:
             wanted = ast.unparse(node.args[0])
             what = "64 bits dropped" if wanted == "tl.int64" else "a conversion dropped"
-            # tl.store converts to what its pointer points to, told or not.
-            if not wanted.endswith("element_ty"):
+            # tl.store converts to what its pointer points to, told or not; ``dtype`` is short for it.
+            if wanted != "dtype" and not wanted.endswith("element_ty"):
                 self.add(what, node, f"({self.text(node.func.value)})")
         if name == "tl.where":
             a, b = node.args[1:3]
@@ -311,6 +364,7 @@ def _is_launch(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and bool(node.args)
 
 
+@cache
 def generate(file: str, source: str) -> list[Mutant]:
     """Every mutant of a source file of kernels/, in the order of the text."""
     return _Finder(file, source).all()
@@ -339,40 +393,62 @@ def sample(mutants: list[Mutant], number: int, seed: int) -> list[Mutant]:
     return sorted(taken, key=lambda m: (m.start, m.end, m.rule, m.new))
 
 
-def target(mutant: Mutant, kernels: Path = ROOT / "kernels") -> tuple[list[str], str]:
-    """What must kill it: test files, and the file of kernels/ of which the rows are run. No test: nobody uses it."""
+def target(mutant: Mutant, kernels: Path = ROOT / "kernels") -> tuple[list[str], list[str]]:
+    """What must kill it: test files, and the files of kernels/ of which the rows are run. No test: nobody uses it."""
     from cases import CASES
 
-    file = mutant.file
-    if file in SHARED:
-        users = [p for p in kernels.glob("*.py") if re.search(rf"\b{mutant.function}\b", p.read_text())]
-        users = [p for p in users if p.name not in SHARED]
-        if not users:
-            return [], ""
+    with_rows = {case.file for case in CASES.values()}
+    sources = {p.name: p.read_text() for p in sorted(kernels.glob("*.py"))}
+    if mutant.file in SHARED:
+        users = [f for f, text in sources.items() if f not in SHARED and re.search(rf"\b{mutant.function}\b", text)]
         # One with rows before one without, one that sums before one that goes element by element, then the smallest.
-        with_rows = {case.file for case in CASES.values()}
-        file = min(
-            users, key=lambda p: (p.name not in with_rows, "tl.sum(" not in p.read_text(), p.stat().st_size)
-        ).name
-    tests = ["tests/test_ops.py"] if any(case.file == file for case in CASES.values()) else []
-    own = f"tests/ops/test_{Path(file).stem}.py"
-    return [*tests, *([own] if (ROOT / own).exists() else [])], file
+        users.sort(key=lambda f: (f not in with_rows, "tl.sum(" not in sources[f], len(sources[f])))
+        files = users[:1]
+    else:
+        # Its own tests, then those of the files that run its kernels.
+        names = "|".join(sorted({m.function for m in generate(mutant.file, sources[mutant.file])}))
+        module = rf"from fmcore\.kernels\.{Path(mutant.file).stem} import|import {Path(mutant.file).stem}\b"
+        users = [f for f, text in sources.items() if re.search(module, text) and re.search(rf"\b({names})\b", text)]
+        files = [mutant.file, *(f for f in users if f != mutant.file)]
+    rows = [f for f in files if f in with_rows]
+    own = [f"tests/ops/test_{Path(f).stem}.py" for f in files]
+    # Two operators may share the tests of what they have in common.
+    imported = "|".join(rf"from fmcore\.kernels(\.| import [\w, ]*\b){Path(f).stem}\b" for f in files[:1])
+    texts = {f"tests/ops/{p.name}": p.read_text() for p in sorted((ROOT / "tests" / "ops").glob("test_*.py"))}
+    own += [path for path, text in texts.items() if imported and re.search(imported, text) and path not in own]
+    return [*(["tests/test_ops.py"] if rows else []), *(path for path in own if path in texts)], rows
+
+
+# Stages of tests, each over all rows: cheap and sharp ones first, so that most mutants cost seconds.
+STAGES = (
+    ("test_addresses_beyond_32_bits", "test_views", "test_padded_rows_are_not_copied"),
+    ("test_as_exact_as_eager",),
+    ("own",),
+    ("test_expanded_gradient", "test_each_gradient_alone", "test_same_bits_each_time", "test_any_shape"),
+    ("test_gradcheck", "test_results_lie_as_promised", "test_opcheck"),
+)
+STAGE = {name: i for i, names in enumerate(STAGES) for name in names}
+# Compares the kernels with themselves.
+BLIND = ("test_compiles_without_a_break",)
 
 
 def pytest_collection_modifyitems(config, items: list) -> None:
-    """In the copy: the rows of one file, Triton alone, and what fails soonest first."""
-    if not (wanted := os.environ.get("FMCORE_MUTANT_ROWS")):
+    """In the copy: the rows of some files, Triton alone, and what fails soonest first."""
+    if (given := os.environ.get("FMCORE_MUTANT_ROWS")) is None:
         return
-    first = ["test_addresses_beyond_32_bits", "test_views", "test_padded_rows_are_not_copied"]
-    kept, dropped = [], []
+    wanted, kept, dropped = given.split(","), list[tuple[tuple[int, int], object]](), []
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        case, body = params.get("case"), params.get("body", "triton")
-        own = item.path.name != "test_ops.py"
-        (kept if own or (case is not None and case.file == wanted and body == "triton") else dropped).append(item)
+        case, own, name = params.get("case"), item.path.name != "test_ops.py", item.originalname
+        # A test that plants a bug of its own fails when the mutant has changed the line: that shows nothing.
+        wrong = "planted" in name if own else case is None or case.file not in wanted
+        if wrong or name in BLIND or params.get("body", "triton") != "triton":
+            dropped.append(item)
+        else:
+            rank = (STAGE["own"], 0) if own else (STAGE.get(name, len(STAGES)), wanted.index(case.file))
+            kept.append((rank, item))
     config.hook.pytest_deselected(items=dropped)
-    order = {name: i for i, name in enumerate(first)}
-    items[:] = sorted(kept, key=lambda i: (i.path.name != "test_ops.py", order.get(i.originalname, len(order))))
+    items[:] = [item for _, item in sorted(kept, key=lambda pair: pair[0])]
 
 
 def copied(folder: Path) -> Path:
@@ -386,12 +462,12 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-def judged(tree: Path, tests: list[str], rows: str, timeout: float) -> tuple[str, str]:
+def judged(tree: Path, tests: list[str], rows: list[str], timeout: float) -> tuple[str, str]:
     """Run the tests in ``tree``: (survived | killed | timeout | unborn, by which test)."""
     # No bytecode: it is found by a file's size and second, which two mutants may share.
     env = os.environ | {
         "PYTHONPATH": str(tree / "tests"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "", "FMCORE_MUTANT_ROWS": rows,
+        "CUDA_VISIBLE_DEVICES": "", "FMCORE_MUTANT_ROWS": ",".join(rows),
     }  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "mutants", *tests]
     try:

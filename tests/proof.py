@@ -169,12 +169,12 @@ def calls() -> Iterator[list[tuple[Op, tuple]]]:
         Op.__call__ = through_dispatcher
 
 
-def padded_rows(t: Tensor) -> Tensor:
-    """The same values as a view into wider rows that do not start at the first element."""
+def padded_rows(t: Tensor, more: int = 0) -> Tensor:
+    """The same values as a view into wider rows that do not start at the first element; ``more`` widens them."""
     if t.ndim == 0:
         return t
     filler = float("nan") if t.is_floating_point() else 0
-    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5), filler)
+    wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5 + more), filler)
     return wide[..., 3 : 3 + t.shape[-1]].copy_(t)
 
 

@@ -129,6 +129,19 @@ def test_the_formula(body, scale):
     assert all(s == 3 for s in got.steps)
 
 
+@pytest.mark.parametrize("dtype, stochastic", [(F32, False), (BF16, True)])
+def test_gradients_in_fp64_are_taken_in_fp32(dtype, stochastic):
+    """They may be wider than the state; what is computed in does not change with them."""
+    shapes = [(1025,)]
+    one, other = (
+        run(
+            "triton", made(dtype, (dtype, dtype), shapes=shapes), drawn(2, wide, shapes), stochastic_rounding=stochastic
+        )
+        for wide in (F32, F64)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one.all, other.all, strict=True))
+
+
 @pytest.mark.skipif(ON_GPU, reason="the paths of a CPU")
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("body, path", [("eager", "foreach"), ("cpu", "fused")])

@@ -1,5 +1,7 @@
 """Attention: every path of the public function against the formula in fp64, gradients included."""
 
+import interpreter
+import proof
 import pytest
 import torch
 
@@ -283,3 +285,25 @@ def test_two_calls_with_one_scale_compile():
         for module.scale in (0.3, 0.2):
             grads = [torch.autograd.grad(f(q, k, v).sum(), (q, k, v)) for f in (compiled, module)]
             torch.testing.assert_close(*grads)
+
+
+@pytest.mark.usefixtures("on_device")
+def test_a_cap_far_above_the_scores():
+    """tanh of small numbers keeps its digits: the cap multiplies what it lost."""
+    q, k, v = (torch.randn(1, 8, 1, 16, dtype=torch.float64) for _ in range(3))
+    with use("triton"):
+        _, lse = attention(q.float(), k.float(), v.float(), softcap=1000.0, return_lse=True)
+    _, want = attention_ref(q, k, v, softcap=1000.0, return_lse=True)
+    torch.testing.assert_close(lse.double(), want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="addresses are checked in the interpreter")
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_rows_that_lie_far_apart(deterministic):
+    """The rows of one tile span more than 2^31 elements: views of tensors without memory."""
+    q, k, v, do = torch.empty(4, 1, 70, 2**27, dtype=torch.bfloat16, device="meta")[..., :32].unflatten(-1, (2, 16))
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    with use("triton"), proof.direct(), interpreter.recorded() as launches:
+        o = attention(q, k, v, deterministic=deterministic)
+        torch.autograd.grad(o, (q, k, v), do)
+    assert launches and all(launch.phantom for launch in launches)

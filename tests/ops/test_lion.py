@@ -78,6 +78,13 @@ def test_the_formula(body):
     assert step == 3
 
 
+def test_gradients_in_fp64_are_taken_in_fp32():
+    """They may be wider than the state; what is computed in does not change with them."""
+    for dtype, stochastic in ((F32, False), (BF16, True)):
+        one, other = (run("triton", (dtype, wide, dtype, False, stochastic), shapes=[(1025,)]) for wide in (F32, F64))
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_a_gradient_of_zero_has_no_direction():
     for body in ("eager", "triton"):
         p, m = torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)

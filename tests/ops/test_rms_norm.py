@@ -64,6 +64,17 @@ def test_sum_is_rounded_as_eager_rounds(op, ref, body):
 
 
 @both
+def test_the_smallest_dropout_drops(op, ref):
+    """One draw of 2^32. Under this seed, found by search, it is that of element (0, 3)."""
+    x, residual, dy, ds = torch.randn(4, 2, 7)
+    x.requires_grad_()
+    with use("triton"):
+        y, total = op(x, residual=residual, dropout=1.5 * 2**-32, seed=torch.tensor([1411659918]))
+        (dx,) = torch.autograd.grad((y, total), x, (dy, ds))
+    assert (total == residual).nonzero().tolist() == (dx == 0).nonzero().tolist() == [[0, 3]]
+
+
+@both
 @pytest.mark.parametrize("body", ["eager", "triton"])
 @pytest.mark.parametrize("N", [1, 3, 24, 37])
 def test_dropout_is_that_of_the_seed(op, ref, body, N):

@@ -45,6 +45,18 @@ def test_interleaved_is_complex_multiplication(body):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_tables_in_fp64_are_taken_in_fp32(interleaved):
+    """Tables may be finer than q and k; what is computed in does not change with them."""
+    q, k = torch.randn(2, 37, 2, 16)
+    angles = torch.rand(37, 8, dtype=torch.float64)
+    cos, sin = angles.cos(), angles.sin()
+    with use("triton"):
+        got = ops.rope(q, k, cos, sin, interleaved=interleaved)
+        expected = ops.rope(q, k, cos.float(), sin.float(), interleaved=interleaved)
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
 @pytest.mark.parametrize("D, theta", [(64, 500000.0), (128, 500000.0), (80, 10000.0)])
 def test_tables_are_those_of_transformers(D, theta):
     x, positions = torch.empty(1), torch.arange(9000)[None]

@@ -33,7 +33,8 @@ CASES = {
             (200, 150, 3),
         ),
         gradcheck=(5, 4, 5),
-        phantom=(2**20, 2**20, 16384),
+        # One more than a multiple of 64 tokens: the last program begins a chunk.
+        phantom=(2**22 + 1, 2**20, 2**16),
         draws=((0, 150), (2, 9), (1, 70)),
         aot=((8192, 32000, 4096), (8192, 50257, 704)),
         constants=(0,),
