@@ -90,11 +90,20 @@ class Op:
         for fn, accepts in reversed(self.bodies.values()):
             if accepts(*args):
                 return fn(*args)
-        got = ", ".join(f"{a.dtype}{tuple(a.shape)}" if isinstance(a, torch.Tensor) else repr(a) for a in args)
+        got = ", ".join(map(_told, args))
         raise NotImplementedError(f"fmcore::{self.name}: none of {list(self.bodies)} takes ({got})")
 
     def __call__(self, *args: Any) -> Any:
         return self._overload(*args)
+
+
+def _told(value: Any) -> str:
+    """An argument for a message: of tensors what they are, never what they hold."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype}{tuple(value.shape)}"
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+        return f"{len(value)} tensors, the first {_told(value[0])}"
+    return repr(value)
 
 
 @contextmanager

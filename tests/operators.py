@@ -49,14 +49,11 @@ def options(fn: Callable) -> str:
 def bodies(fn: Callable) -> str:
     """The bodies by name, ``eager``, the plain formula, first; those that only a part of the operators has say so."""
     parts = behind(fn)
-    found = {body: [op for op in parts if body in op.bodies] for part in parts for body in part.bodies}
-    return ", ".join(
-        ["eager"]
-        + [
-            f"{b}" if len(have) == len(parts) else f"{b} ({', '.join(o.name for o in have)})"
-            for b, have in found.items()
-        ]
-    )
+    cells = ["eager"]
+    for body in dict.fromkeys(body for op in parts for body in op.bodies):
+        have = [op.name for op in parts if body in op.bodies]
+        cells.append(body if len(have) == len(parts) else f"{body} ({', '.join(have)})")
+    return ", ".join(cells)
 
 
 def rows_of() -> dict[str, dict[str, int]]:
