@@ -9,7 +9,6 @@ to a file.
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.demo import commit, ratio_interval
+from benchmarks.timing import append, environment, ratio_interval
 
 SIDES = ("fmcore", "eager")
 
@@ -73,6 +72,7 @@ def measure(side: str, tokens: int, width: int, vocab: int, threads: int) -> dic
 
 
 def in_a_process(side: str, sizes: list[int]) -> dict[str, float]:
+    """What ``measure`` finds for ``side`` and (tokens, width, vocabulary, threads) in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.loss_head", "--side", side, "--sizes", *map(str, sizes)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
     return json.loads(done.stdout.splitlines()[-1])
@@ -94,9 +94,7 @@ def compare(sizes: list[int], repeats: int) -> dict[str, object]:
     }
     record: dict[str, object] = {
         "benchmark": "loss_head",
-        "commit": commit(),
-        "device": platform.machine(),
-        "torch": torch.__version__,
+        **environment(torch.device("cpu")),
         "dtype": "float32",
         **dict(zip(("tokens", "width", "vocab_size", "threads"), sizes, strict=True)),
         "repeats": repeats,
@@ -129,9 +127,7 @@ def main() -> None:
     print(f"eager / fmcore: {record['memory_ratio']} in memory, {record['speedup_wall']} in time")
     print(json.dumps(record))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append(args.out, record)
 
 
 if __name__ == "__main__":

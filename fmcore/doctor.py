@@ -216,7 +216,7 @@ def _presets() -> list[str]:
 
 def render(found: dict[str, Any]) -> str:
     """The findings as one screen of text."""
-    threads = f"{found['threads']} threads for torch on {os.cpu_count()} cores" if found["threads"] else ""
+    threads = f"{found['threads']} threads for torch on {found['cores']} cores" if found["threads"] else ""
     lines = [f"fmcore {found['fmcore']}   Python {found['python']}   {found['platform']}   {threads}".rstrip(), ""]
     lines += [_package(name, about) for name, about in found["packages"].items()]
     lines += ["", *_devices(found)]

@@ -88,7 +88,7 @@ class Op:
         for fn, accepts in reversed(self.bodies.values()):
             if accepts(*args):
                 return fn(*args)
-        got = ", ".join(f"{a.dtype}{tuple(a.shape)}" if isinstance(a, torch.Tensor) else repr(a) for a in args)
+        got = ", ".join(map(_told, args))
         raise NotImplementedError(f"fmcore::{self.name}: none of {list(self.bodies)} takes ({got})")
 
     def __call__(self, *args: Any) -> Any:
@@ -99,6 +99,15 @@ def _first(args: tuple[Any, ...]) -> Any:
     """The first argument, or what stands first in it where it is a list."""
     x = args[0]
     return x[0] if isinstance(x, (list, tuple)) and x else x
+
+
+def _told(value: Any) -> str:
+    """An argument for a message: of tensors what they are, never what they hold."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype}{tuple(value.shape)}"
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+        return f"{len(value)} tensors, the first {_told(value[0])}"
+    return repr(value)
 
 
 @contextmanager

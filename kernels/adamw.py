@@ -5,8 +5,8 @@
 
 scale = loss scale * max(1, norm / clip). Computed in fp32 (fp64 for fp64); moments in fp32, bf16 or 8 bits, 16-bit
 parameters with an fp32 master or rounded at random (multi_tensor.py). One launch for each set of dtypes, over all
-tensors. Traffic: read p, g, m, v and write p, m, v, 7 elements for each parameter (28 bytes in fp32; 26 in bf16 with
-masters; 10 in bf16 with 8-bit moments); bound by DRAM. The norm reads g once more.
+tensors. Traffic: read p, g, m, v and write p, m, v, 7 elements for each parameter (28 bytes in fp32, and in bf16 with
+masters, which are read in the place of p; 10 in bf16 with 8-bit moments); bound by DRAM. The norm reads g once more.
 Source: Loshchilov & Hutter 2017, arXiv:1711.05101; Dettmers et al. 2021, arXiv:2110.02861 (blockwise 8 bits).
 """
 

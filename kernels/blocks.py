@@ -26,7 +26,7 @@ def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 
 
 def unit_columns(x: Tensor) -> Tensor:
-    """``x`` (M, N) itself when its columns lie side by side, whatever the row stride; else a copy."""
+    """``x`` (..., N) itself when its columns lie side by side, whatever its other strides; else a copy."""
     return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
 
 

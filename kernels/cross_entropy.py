@@ -162,26 +162,26 @@ def cross_entropy_fwd_kernel(
     SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    t, kept, valid, share = load_target(
-        targets_ptr, weights_ptr, rows, rows < M, V, ignore_index, smoothing, ACC
-    )  # fmt: skip
+    t, kept, valid, share = load_target(targets_ptr, weights_ptr, rows, rows < M, V, ignore_index, smoothing, ACC)
     z_t = tl.load(x_ptr + rows * stride_xm + t, mask=valid, other=0.0).to(ACC)
     bias_t = tl.zeros((ROWS,), ACC)
     if bias_ptr is not None:
         bias_t = tl.load(bias_ptr + t, mask=valid, other=0.0).to(ACC)
-    z_t, slope_t = capped(z_t, bias_t, scale, softcap, SOFTCAP, ACC)
+    z_t, _ = capped(z_t, bias_t, scale, softcap, SOFTCAP, ACC)
 
     infinity: tl.constexpr = float("inf")
     top = tl.full((ROWS,), -infinity, ACC)
     # Each lane sums its own columns: only the top is shared among the lanes at every block.
     sums = tl.zeros((ROWS, BLOCK_V), ACC)
-    moments = tl.zeros((ROWS, BLOCK_V), ACC)  # of exp(z - top) * (z - top), for the entropy
-    offs = tl.zeros((ROWS, BLOCK_V), ACC)  # of c (z - z_t), which stay small where all z are large
+    # Of exp(z - top) * (z - top), for the entropy.
+    moments = tl.zeros((ROWS, BLOCK_V), ACC)
+    # Of c (z - z_t), which stays small where all z are large.
+    offs = tl.zeros((ROWS, BLOCK_V), ACC)
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
         mask = kept[:, None] & (cols < V)[None, :]
         x = load_tile(x_ptr, rows, cols, stride_xm, mask, ACC)  # (ROWS, BLOCK_V)
-        z, slope = capped(x, load_columns(bias_ptr, cols, V, 0.0, ACC), scale, softcap, SOFTCAP, ACC)
+        z, _ = capped(x, load_columns(bias_ptr, cols, V, 0.0, ACC), scale, softcap, SOFTCAP, ACC)
         if SMOOTH:
             offs += tl.where(mask, load_columns(weights_ptr, cols, V, 1.0, ACC) * (z - z_t[:, None]), 0.0)
         z = tl.where(mask, z, -infinity)
@@ -195,8 +195,8 @@ def cross_entropy_fwd_kernel(
             moments = shrink * (moments + lower * sums) + tl.where(exps > 0, exps * (z - base[:, None]), 0.0)
         sums = sums * shrink + exps
         top = higher
-    total = tl.sum(sums, axis=1)
-    logsum = tl.log(total)
+    denominator = tl.sum(sums, axis=1)
+    logsum = tl.log(denominator)
     loss = share * (logsum + (top - z_t))
     if SMOOTH:
         weight = smoothed_weight(total_ptr, V, smoothing, ACC)
@@ -207,7 +207,7 @@ def cross_entropy_fwd_kernel(
     tl.store(top_ptr + rows, top, mask=rows < M)
     tl.store(logsum_ptr + rows, logsum, mask=rows < M)
     if entropy_ptr is not None:
-        entropy = logsum - tl.sum(moments, axis=1) / total
+        entropy = logsum - tl.sum(moments, axis=1) / denominator
         tl.store(entropy_ptr + rows, tl.where(kept, entropy, 0.0), mask=rows < M)
 
 
@@ -347,19 +347,27 @@ bwd = Op(
 
 
 @fwd.body("triton", accepts=lambda x, *rest: x.is_cuda)
-def cross_entropy_fwd_triton(x, targets, bias, weights, *o) -> tuple[Tensor, Tensor, Tensor]:
-    bias = None if bias is None else bias.contiguous()
-    stats = statistics(unit_columns(x), targets.contiguous(), bias, weights_of(weights, x), Options(*o), False)
-    return stats[:3]
+def cross_entropy_fwd_triton(
+    x: Tensor, targets: Tensor, bias: Tensor | None, weights: Tensor | None, *options
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, bias, o = unit_columns(x), None if bias is None else bias.contiguous(), Options(*options)
+    loss, top, logsum, _ = statistics(x, targets.contiguous(), bias, weights_of(weights, x), o, False)
+    return loss, top, logsum
 
 
 @bwd.body("triton", accepts=lambda g, *rest: g.is_cuda)
-def cross_entropy_bwd_triton(g, x, targets, bias, weights, top, logsum, *o) -> tuple[Tensor, Tensor]:
-    *options, needs_db = o
-    dx, o = x.new_empty(x.shape), Options(*options)
-    stats, bias = (top, top, logsum, top), None if bias is None else bias.contiguous()
-    weights = weights_of(weights, x)
-    db = gradient(dx, unit_columns(x), g, None, targets.contiguous(), bias, weights, stats, o, needs_db)
+def cross_entropy_bwd_triton(
+    g: Tensor, x: Tensor, targets: Tensor, bias: Tensor | None, weights: Tensor | None, top: Tensor, logsum: Tensor,
+    *rest,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    *options, needs_db = rest
+    dx, bias = x.new_empty(x.shape), None if bias is None else bias.contiguous()
+    # The gradient asks neither for the loss nor, without one of its own, for the entropy: any tensor stands for them.
+    stats = (top, top, logsum, top)
+    db = gradient(
+        dx, unit_columns(x), g, None, targets.contiguous(), bias, weights_of(weights, x), stats, Options(*options),
+        needs_db,
+    )  # fmt: skip
     return dx, x.new_empty(0) if db is None else db.to(x.dtype)
 
 
@@ -379,7 +387,7 @@ class CrossEntropy(torch.autograd.Function):
         return dx, db if needs_db else None, None, None, None
 
 
-def checked(
+def check_loss(
     op: str,
     like: Tensor,
     V: int,
@@ -389,7 +397,7 @@ def checked(
     o: Options,
     reduction: str,
 ) -> None:
-    """The checks that all losses share; ``like`` says on which device everything must be."""
+    """What all losses ask of their arguments, besides the shapes; ``like`` says on which device everything must be."""
     if V == 0:
         raise ValueError(f"{op}: there must be at least one class, got V=0")
     check.dtype(op, check.INTS, targets=targets)
@@ -433,7 +441,7 @@ def cross_entropy(
     V = check.shape("cross_entropy", logits=(logits, "M V"), targets=(targets, "M"))["V"]
     check.dtype("cross_entropy", logits=logits)
     check.same("cross_entropy", logits=logits, bias=bias)
-    checked("cross_entropy", logits, V, targets, bias, class_weights, o, reduction)
+    check_loss("cross_entropy", logits, V, targets, bias, class_weights, o, reduction)
     if fwd.eager(logits):
         loss, _ = losses_ref(logits if bias is None else logits + bias, targets, class_weights, o)
     else:

@@ -35,7 +35,7 @@ from fmcore.kernels.cross_entropy import (
     SCHEMA,
     Options,
     Stats,
-    checked,
+    check_loss,
     gradient,
     losses_ref,
     reduced,
@@ -55,7 +55,8 @@ CPU_ROWS, CPU_CHUNK = 512, 2**20
 # Logits that the CPU body takes through softmax and gradient at a time: they stay in the cache meanwhile.
 CPU_TILE = 2**18
 
-NEEDS = tuple[bool, bool, bool]
+# Which of h, w and bias need a gradient.
+Needs = tuple[bool, bool, bool]
 
 
 # References: what the chunks below must equal, logits and all.
@@ -98,8 +99,8 @@ def linear_logprob_ref(
     return -loss, -terms.sum(1).masked_fill(targets == ignore_index, 0.0)
 
 
-class Logits(NamedTuple):
-    """What is known of the logits of a chunk: ``bias`` and ``weights`` as in cross_entropy.py, the targets (m,)."""
+class Given(NamedTuple):
+    """What a loss takes beside the logits (m, V) of a chunk: targets (m,), ``bias`` and ``weights_of`` the classes."""
 
     targets: Tensor
     bias: Tensor | None
@@ -121,12 +122,13 @@ class Triton:
         product(out, h, w.T)
 
     @staticmethod
-    def turn(x, dx, a: Logits, g, g_entropy, stats: Stats | None, entropy: bool, needs_db: bool):
+    def turn(x, dx, given: Given, g, g_entropy, stats: Stats | None, entropy: bool, needs_db: bool):
         """Stats of the rows of ``x``, their gradient to ``dx`` if there is one (it may be ``x``), and its db."""
-        stats = stats or statistics(x, a.targets, a.bias, a.weights, a.o, entropy)
+        targets, bias, weights, o = given
+        stats = stats or statistics(x, targets, bias, weights, o, entropy)
         if dx is None:
             return stats, None
-        return stats, gradient(dx, x, g, g_entropy, a.targets, a.bias, a.weights, stats, a.o, needs_db)
+        return stats, gradient(dx, x, g, g_entropy, targets, bias, weights, stats, o, needs_db)
 
 
 class Cpu:
@@ -144,34 +146,35 @@ class Cpu:
             torch.addmm(bias, h, w.T, beta=scale, alpha=scale, out=out)
 
     @staticmethod
-    def turn(x, dx, a: Logits, g, g_entropy, stats: Stats | None, entropy: bool, needs_db: bool):
+    def turn(x, dx, given: Given, g, g_entropy, stats: Stats | None, entropy: bool, needs_db: bool):
         """As for ``Triton``; ``x`` is lost."""
         kept, db = [], x.new_zeros(x.shape[1]) if needs_db else None
         step = max(1, CPU_TILE // x.shape[1])
         for i in range(0, len(x), step):
             part = slice(i, i + step)
             z = x[part] if dx is None or dx is x else dx[part].copy_(x[part])
-            rows = a._replace(targets=a.targets[part, None].long())
-            kept.append(_turn_tile(z, rows, _part(g, part), _part(g_entropy, part), entropy, dx is not None))
+            rows = given._replace(targets=_column(given.targets, part).long())
+            kept.append(_turn_tile(z, rows, _column(g, part), _column(g_entropy, part), entropy, dx is not None))
             if db is not None:
                 db += z.sum(0)
         return tuple(map(torch.cat, zip(*kept, strict=True))), db
 
 
-def _part(t: Tensor | None, part: slice) -> Tensor | None:
+def _column(t: Any, part: slice) -> Any:
+    """Some elements of ``t`` (m,), one below the other; ``None`` for ``None``."""
     return None if t is None else t[part, None]
 
 
-def _turn_tile(z, a: Logits, g, g_entropy, entropy: bool, needs_dx: bool) -> Stats:
+def _turn_tile(z, given: Given, g, g_entropy, entropy: bool, needs_dx: bool) -> Stats:
     """Stats of the tile ``z`` (m, V) of scaled logits, which becomes its gradient or something of no use."""
-    (weights, total), o = a.weights, a.o
+    targets, _, (weights, weight_sum), o = given
     slope = None
     if o.softcap:
         z.div_(o.softcap).tanh_()
         # 1 - z^2 with one rounding less.
         slope = (1 - z).mul_(1 + z)
         z.mul_(o.softcap)
-    z_t, top = z.gather(1, a.targets), z.amax(1, keepdim=True)
+    z_t, top = z.gather(1, targets), z.amax(1, keepdim=True)
     if o.smoothing:
         offs = z - z_t
         offs = offs.sum(1, keepdim=True) if weights is None else (offs @ weights)[:, None]
@@ -179,11 +182,11 @@ def _turn_tile(z, a: Logits, g, g_entropy, entropy: bool, needs_dx: bool) -> Sta
     # The largest p is at least 1 / V, so its logarithm is exact where that of another could be of 0.
     logsum = p.amax(1, keepdim=True).log_().neg_()
     # 1 - e is rounded as the kernels round it.
-    share = z_t.new_full((), 1.0) - o.smoothing if weights is None else weights[a.targets] * (1 - o.smoothing)
+    share = z_t.new_full((), 1.0) - o.smoothing if weights is None else weights[targets] * (1 - o.smoothing)
     nll, lse = logsum + (top - z_t), top + logsum
     loss, rest = share * nll, 2 * o.z_loss * lse
     if o.smoothing:
-        weight = o.smoothing * (1.0 if total is None else total / z.shape[1])
+        weight = o.smoothing * (1.0 if weight_sum is None else weight_sum / z.shape[1])
         loss += weight * nll - offs * (o.smoothing / z.shape[1])
         rest += weight
     if o.z_loss:
@@ -203,7 +206,7 @@ def _turn_tile(z, a: Logits, g, g_entropy, entropy: bool, needs_dx: bool) -> Sta
         if o.smoothing:
             smooth = p.new_ones(p.shape[1]) if weights is None else weights
             p.addr_(one[:, 0], smooth, alpha=-o.smoothing / p.shape[1])
-        p.scatter_add_(1, a.targets, share.expand(z_t.shape).neg())
+        p.scatter_add_(1, targets, share.expand(z_t.shape).neg())
         if slope is not None:
             p.mul_(slope)
         if o.scale != 1:
@@ -223,22 +226,39 @@ def product(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, add: bool = F
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), **options)
 
 
-class Chunks:
-    """The rows of ``h`` that count, cut into chunks; their stats and the sums of their gradients as they come."""
+def _counted(h: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Which rows count, where that is known without waiting and not all do; those of ``h``; their targets beside it."""
+    rows = None
+    if targets.device.type == "cpu":
+        counted = (targets != ignore_index).nonzero().squeeze(1)
+        if len(counted) < len(h):
+            rows, targets = counted.to(h.device), targets[counted]
+            h = h[rows]
+    return rows, h, targets.to(h.device).contiguous()
 
-    def __init__(self, way: Any, args: list, needs: NEEDS, entropy: bool, exact: bool = False, apart: bool = False):
+
+def _even(count: int, most: int) -> int:
+    """Rows of a chunk when ``count`` rows are cut into chunks of at most ``most``."""
+    # Products like round sizes, and chunks of even size: a short last one would be slow.
+    most -= most % 128 if most > 128 else 0
+    return -(-count // max(1, -(-count // most)))
+
+
+class Chunks:
+    """The rows of ``h`` that count, cut into chunks; their stats and the sums of their gradients as they come.
+
+    ``args`` are ``ARGS``. Logits are in the dtype of sums when ``exact``; their gradient takes room of its own, and
+    leaves them as they are, when ``apart``.
+    """
+
+    def __init__(self, way: Any, args: list, needs: Needs, entropy: bool, exact: bool = False, apart: bool = False):
         h, w, targets, bias, weights, *o, workspace = args
-        self.way, self.o, self.needs, self.entropy, self.M = way, Options(*o), needs, entropy, len(h)
-        self.stat, self.rows, self.h, self.w = accumulator(h.dtype)[0], None, h, w
-        if targets.device.type == "cpu":
-            rows = (targets != self.o.ignore_index).nonzero().squeeze(1)
-            if len(rows) < self.M:
-                self.rows, targets = rows.to(h.device), targets[rows]
-                self.h = h[self.rows]
-        self.targets, self.weights = targets.to(h.device).contiguous(), weights_of(weights, h)
-        self.bias = None if bias is None else bias.contiguous()
+        self.way, self.o, self.M, self.stat = way, Options(*o), len(h), accumulator(h.dtype)[0]
+        self.rows, self.h, self.targets = _counted(h, targets, self.o.ignore_index)
+        self.w, self.bias, self.weights = w, None if bias is None else bias.contiguous(), weights_of(weights, h)
         if way is Cpu:
-            self.h, self.w, self.bias = (t if t is None else t.to(self.stat) for t in (self.h, w, self.bias))
+            self.h, self.w = self.h.to(self.stat), w.to(self.stat)
+            self.bias = None if bias is None else bias.to(self.stat)
         dtype = way.dtype(self.h, exact)
         # Where dx does not take the place of x it needs room of its own, in the dtype of h for the products.
         apart = apart or dtype != self.h.dtype
@@ -246,9 +266,7 @@ class Chunks:
         count, most = len(self.h), max(1, workspace // each)
         if way is Cpu:
             most = min(most, max(CPU_ROWS, CPU_CHUNK // len(w)))
-        # Products like round sizes, and chunks of even size: a short last one would be slow.
-        most -= most % 128 if most > 128 else 0
-        step = -(-count // max(1, -(-count // most)))
+        step = _even(count, most)
         self.parts = [slice(i, min(i + step, count)) for i in range(0, count, max(1, step))]
         self.x = h.new_empty(step, len(w), dtype=dtype)
         self.dx = h.new_empty(step, len(w), dtype=self.h.dtype) if apart else self.x
@@ -261,13 +279,14 @@ class Chunks:
         if self.dw is not None and not self.parts:
             self.dw.zero_()
 
-    def logits(self, part: slice) -> tuple[Tensor, Tensor, Logits]:
+    def logits(self, part: slice) -> tuple[Tensor, Tensor, Given]:
         """x of some rows, where its gradient goes, and what else is known of them."""
         m = part.stop - part.start
         self.way.logits(self.x[:m], self.h[part], self.w, self.bias, self.o.scale)
-        return self.x[:m], self.dx[:m], Logits(self.targets[part], self.bias, self.weights, self.o)
+        return self.x[:m], self.dx[:m], Given(self.targets[part], self.bias, self.weights, self.o)
 
     def keep(self, part: slice, stats: Stats) -> None:
+        """``stats`` of some rows, among which no entropy is kept unless it was asked for."""
         for of_all, some in zip(self.stats, stats[: len(self.stats)], strict=True):
             of_all[part] = some
 
@@ -289,6 +308,7 @@ class Chunks:
         return values.new_zeros(self.M, *values.shape[1:]).index_copy_(0, self.rows, values)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dh, dw and db in the dtype of sums; nothing where it was not needed."""
         empty = self.h.new_empty(0, dtype=self.stat)
         return self.whole(self.dh), empty if self.dw is None else self.dw, empty.clone() if self.db is None else self.db
 
@@ -297,7 +317,7 @@ class Chunks:
 ARGS = f"Tensor h, Tensor w, Tensor targets, Tensor? bias, Tensor? weights, {SCHEMA}, int workspace"
 
 
-def _fake_gradients(h: Tensor, w: Tensor, needs: NEEDS) -> tuple[Tensor, ...]:
+def _fake_gradients(h: Tensor, w: Tensor, needs: Needs) -> tuple[Tensor, ...]:
     sizes = (h.shape, w.shape, w.shape[:1])
     stat = accumulator(h.dtype)[0]
     return tuple(h.new_empty(s if needed else (0,), dtype=stat) for s, needed in zip(sizes, needs, strict=True))
@@ -309,13 +329,12 @@ def _fake_stats(h: Tensor, *counts: bool) -> tuple[Tensor, ...]:
 
 # The sum of the losses, and its gradients.
 total = Op(
-    "linear_cross_entropy_total(" + f"{ARGS}, bool[] needs) -> (Tensor loss, Tensor dh, Tensor dw, Tensor db)",
+    f"linear_cross_entropy_total({ARGS}, bool[] needs) -> (Tensor loss, Tensor dh, Tensor dw, Tensor db)",
     fake=lambda h, w, *rest: (h.new_empty((), dtype=accumulator(h.dtype)[0]), *_fake_gradients(h, w, rest[-1])),
 )
 # The losses, the entropies if asked for, and with a frozen head the gradients of h for incoming gradients of 1.
 fwd = Op(
-    "linear_cross_entropy_fwd("
-    f"{ARGS}, bool exact, bool entropy, bool frozen)"
+    f"linear_cross_entropy_fwd({ARGS}, bool exact, bool entropy, bool frozen)"
     " -> (Tensor loss, Tensor top, Tensor logsum, Tensor entropies, Tensor dh, Tensor dh_entropy)",
     fake=lambda h, w, *rest: (
         *_fake_stats(h, True, True, True, rest[-2]),
@@ -323,14 +342,14 @@ fwd = Op(
     ),
 )
 bwd = Op(
-    "linear_cross_entropy_bwd("
-    f"{ARGS}, bool exact, Tensor g, Tensor? g_entropy, Tensor top, Tensor logsum, Tensor entropies, bool[] needs)"
-    " -> (Tensor dh, Tensor dw, Tensor db)",
+    f"linear_cross_entropy_bwd({ARGS}, bool exact, Tensor g, Tensor? g_entropy, Tensor top, Tensor logsum,"
+    " Tensor entropies, bool[] needs) -> (Tensor dh, Tensor dw, Tensor db)",
     fake=lambda h, w, *rest: _fake_gradients(h, w, rest[-1]),
 )
 
 
-def _total(way, *args):
+# Bodies take a way, then the operator's arguments; the first of those are what ``Chunks`` cuts up.
+def _total(way: Any, *args) -> tuple[Tensor, ...]:
     *head, needs = args
     chunks = Chunks(way, head, needs, False)
     for part in chunks.parts:
@@ -342,7 +361,7 @@ def _total(way, *args):
     return chunks.stats[0].sum(), *chunks.gradients()
 
 
-def _fwd(way, *args):
+def _fwd(way: Any, *args) -> tuple[Tensor, ...]:
     *head, exact, entropy, frozen = args
     chunks = Chunks(way, head, (frozen, False, False), entropy, exact, apart=frozen and entropy)
     dh_entropy = torch.empty_like(chunks.dh) if chunks.dh is not None and entropy else None
@@ -360,7 +379,7 @@ def _fwd(way, *args):
     return loss, top, logsum, entropies, chunks.whole(chunks.dh), chunks.whole(dh_entropy)
 
 
-def _bwd(way, *args):
+def _bwd(way: Any, *args) -> tuple[Tensor, ...]:
     *head, exact, g, g_entropy, top, logsum, entropies, needs = args
     chunks = Chunks(way, head, needs, g_entropy is not None, exact)
     incoming = [t if t is None or chunks.rows is None else t[chunks.rows] for t in (g, g_entropy, top, logsum)]
@@ -384,7 +403,7 @@ class Total(torch.autograd.Function):
     """The sum of the losses; its gradients are formed with it and wait for a factor."""
 
     @staticmethod
-    def forward(ctx, h, w, bias, targets, weights, o: Options, workspace: int, needs: NEEDS):
+    def forward(ctx, h, w, bias, targets, weights, o: Options, workspace: int, needs: Needs):
         ctx.options = *o, workspace, list(needs)
         loss, *gradients = total(h, w, targets, bias, weights, *ctx.options)
         ctx.dtype, ctx.needs, ctx.compiled = h.dtype, needs, torch.compiler.is_compiling()
@@ -415,7 +434,7 @@ class Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, h, w, bias, targets, weights, o: Options, workspace: int, exact: bool, entropy: bool, needs: NEEDS
+        ctx, h, w, bias, targets, weights, o: Options, workspace: int, exact: bool, entropy: bool, needs: Needs
     ):
         ctx.frozen = needs == (True, False, False)
         args = (h, w, targets, bias, weights, *o, workspace, exact)
@@ -451,7 +470,7 @@ def _prepared(op: str, h, w, targets, bias, weights, o: Options, workspace: int 
     V = check.shape(op, h=(h, "M C"), w=(w, "V C"), targets=(targets, "M"))["V"]
     check.dtype(op, h=h)
     check.same(op, h=h, w=w, bias=bias)
-    checked(op, h, V, targets if targets.device.type != "cpu" else None, bias, weights, o, reduction)
+    check_loss(op, h, V, targets if targets.device.type != "cpu" else None, bias, weights, o, reduction)
     check.dtype(op, check.INTS, targets=targets)
     if workspace is not None and workspace <= 0:
         raise ValueError(f"{op}: workspace must be a positive number of bytes, got {workspace}")

@@ -1,4 +1,4 @@
-"""Compile every kernel of every row of tests/cases.py for GPUs that are not here, and say what the code needs.
+"""Compile every kernel of every row of tests/rows/ for GPUs that are not here, and say what the code needs.
 
     python tests/aot.py             print the resources as JSON
     python tests/aot.py --pin       write them to tests/resources.json, which tests/test_aot.py compares with

@@ -1,11 +1,12 @@
 """README's table of operators, from the registry. ``python tests/operators.py [--write]``
 
-A row for each function of fmcore.ops: the first line of its file says what it is, its signature which options it has,
+A row for each function of fmcore.ops: its first sentence says what it is, its signature which options it has,
 the registry which bodies, and the tests where it is proven.
 """
 
 import argparse
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -37,7 +38,9 @@ def file_of(fn: Callable) -> str:
 
 
 def what(fn: Callable) -> str:
-    return (inspect.getdoc(sys.modules[fn.__module__]) or "").partition("\n")[0].rstrip(".").replace("|", "\\|")
+    """The first sentence of the function's docstring."""
+    text = " ".join((inspect.getdoc(fn) or "").partition("\n\n")[0].split())
+    return re.split(r"[.;] |\.$", text)[0].replace("``", "`").replace("|", "\\|")
 
 
 def options(fn: Callable) -> str:
@@ -49,14 +52,11 @@ def options(fn: Callable) -> str:
 def bodies(fn: Callable) -> str:
     """The bodies by name, ``eager``, the plain formula, first; those that only a part of the operators has say so."""
     parts = behind(fn)
-    found = {body: [op for op in parts if body in op.bodies] for part in parts for body in part.bodies}
-    return ", ".join(
-        ["eager"]
-        + [
-            f"{b}" if len(have) == len(parts) else f"{b} ({', '.join(o.name for o in have)})"
-            for b, have in found.items()
-        ]
-    )
+    cells = ["eager"]
+    for body in dict.fromkeys(body for op in parts for body in op.bodies):
+        have = [op.name for op in parts if body in op.bodies]
+        cells.append(body if len(have) == len(parts) else f"{body} ({', '.join(have)})")
+    return ", ".join(cells)
 
 
 def rows_of() -> dict[str, dict[str, int]]:

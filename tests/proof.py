@@ -1,4 +1,4 @@
-"""How a row of ``tests/cases.py`` is run and judged; shared by the tests of operators, of memory and of the harness."""
+"""How a row of tests/rows/ is run and judged; shared by the tests of operators, of memory and of the harness."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,7 +85,8 @@ def judge(case: Case, results: Sequence[Sequence[Tensor]], drawn: Sequence[Trial
     In 16 bits the rounding of the result hides a second rounding before it from that bound, but not from the root mean
     square of the error, which it raises by up to 1.4; that may exceed eager's by a tenth.
     """
-    exact, eager = ([f(case, *trial) for trial in drawn] for f in (truth, lambda c, a, g: run(c, c.ref, a, g)))
+    exact = [truth(case, *trial) for trial in drawn]
+    eager = [run(case, case.ref, *trial) for trial in drawn]
     for i in range(len(exact[0])):
         got, e, t = ([result[i] for result in each] for each in (results, eager, exact))
         for g, r in zip(got, e, strict=True):

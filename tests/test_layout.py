@@ -56,8 +56,8 @@ def test_operator_is_measured(name):
 def test_operator_is_proven(name):
     if name not in WITHOUT_ROWS:
         rows = [case for case in CASES.values() if case.file == f"{name}.py"]
-        assert rows, f"tests/cases.py has no row for kernels/{name}.py"
-        assert any(case.bugs for case in rows), f"no row of {name} in tests/cases.py plants a bug"
+        assert rows, f"tests/rows/ has no row for kernels/{name}.py"
+        assert any(case.bugs for case in rows), f"no row of {name} in tests/rows/ plants a bug"
     else:
         assert (ROOT / "tests/ops" / f"test_{name}.py").exists()
 

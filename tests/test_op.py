@@ -78,6 +78,11 @@ def test_no_body_says_what_came():
         only_small(torch.ones(5), 7)
 
 
+def test_a_message_tells_of_lists_what_they_are_and_not_what_they_hold():
+    assert op_file._told([torch.ones(5), torch.ones(2)]) == "2 tensors, the first torch.float32(5,)"
+    assert op_file._told([]) == "[]" and op_file._told([1, 2]) == "[1, 2]"
+
+
 def test_eager_on_a_cpu_unless_there_is_a_body_for_it():
     x = torch.ones(3)
     assert double.eager(x)

@@ -1,4 +1,5 @@
-"""The numerics contract: what every operator must satisfy. A new operator adds a row to cases.py and nothing here.
+"""The numerics contract: what every operator must satisfy. A new operator adds a row to tests/rows/ and nothing
+here.
 
 Without a GPU the Triton bodies run in the interpreter of tests/interpreter.py, which fails on lanes out of bounds,
 races and overflow in every test of this file. With one, the same rows run on it.
