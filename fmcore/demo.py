@@ -328,4 +328,5 @@ def _show(console: Console, scores: dict[str, dict[str, float]], facts: dict[str
         f"{facts['seconds in all']} s in all. Look at {run / 'report.md'} and {run / 'loss.png'}; try\n"
         f"  {prog()} generate --model {run} --adapter {run / 'adapter'} --prompt 'The '",
         highlight=False,
+        soft_wrap=True,
     )

@@ -1,6 +1,7 @@
 """Modules over the operators: parameters and no mathematics.
 
 ``RMSNorm``, ``LayerNorm``, ``GELU``, ``Dropout`` and ``Embedding`` can stand in for their ``torch.nn`` namesakes.
+Parameters and inputs share a dtype: ``torch.autocast`` does not reach the operators, so cast the model instead.
 """
 
 from collections.abc import Sequence
@@ -16,14 +17,15 @@ class _Norm(nn.Module):
     """What the two norms share: a weight that starts so that offset + weight is 1, and dropout while training."""
 
     def __init__(
-        self, width: int | Sequence[int], elementwise_affine: bool, offset: float, dropout: float,
+        self, normalized_shape: int | Sequence[int], elementwise_affine: bool, offset: float, dropout: float,
         device: torch.device | str | None, dtype: torch.dtype | None,
     ):  # fmt: skip
         super().__init__()
-        if not isinstance(width, int):
-            if len(width) != 1:
-                raise ValueError(f"{type(self).__name__}: width must be one number, got {tuple(width)}")
-            width = width[0]
+        if isinstance(normalized_shape, int):
+            normalized_shape = (normalized_shape,)
+        if len(normalized_shape) != 1:
+            raise ValueError(f"{type(self).__name__}: normalized_shape must be one size, got {tuple(normalized_shape)}")
+        (width,) = normalized_shape
         self.width, self.offset, self.dropout = width, offset if elementwise_affine else 0.0, dropout
         self.weight = (
             nn.Parameter(torch.full((width,), 1.0 - offset, device=device, dtype=dtype)) if elementwise_affine else None
@@ -43,18 +45,18 @@ class _Norm(nn.Module):
 
 
 class RMSNorm(_Norm):
-    """``x * (offset + weight) / sqrt(mean(x^2) + eps)`` over the last dimension, of size ``width``.
+    """``x * (offset + weight) / sqrt(mean(x^2) + eps)`` over the last dimension, of size ``normalized_shape``.
 
     With a ``residual`` it norms the sum ``residual + dropout(x)`` and returns (y, sum); ``dropout`` is a probability
     and acts in training only. ``eps=None`` is the distance from 1 to the next number of the dtype of ``x``.
     """
 
     def __init__(
-        self, width: int | Sequence[int], eps: float | None = 1e-6, elementwise_affine: bool = True,
+        self, normalized_shape: int | Sequence[int], eps: float | None = None, elementwise_affine: bool = True,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
         offset: float = 0.0, dropout: float = 0.0,
     ):  # fmt: skip
-        super().__init__(width, elementwise_affine, offset, dropout, device, dtype)
+        super().__init__(normalized_shape, elementwise_affine, offset, dropout, device, dtype)
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
@@ -63,18 +65,18 @@ class RMSNorm(_Norm):
 
 
 class LayerNorm(_Norm):
-    """``(x - mean) / sqrt(var + eps) * (offset + weight) + bias`` over the last dimension, of size ``width``.
+    """``(x - mean) / sqrt(var + eps) * (offset + weight) + bias`` over a last dimension of ``normalized_shape``.
 
     With a ``residual`` it norms the sum ``residual + dropout(x)`` and returns (y, sum); ``dropout`` is a probability
     and acts in training only.
     """
 
     def __init__(
-        self, width: int | Sequence[int], eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+        self, normalized_shape: int | Sequence[int], eps: float = 1e-5, elementwise_affine: bool = True,
+        bias: bool = True, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
         offset: float = 0.0, dropout: float = 0.0,
     ):  # fmt: skip
-        super().__init__(width, elementwise_affine, offset, dropout, device, dtype)
+        super().__init__(normalized_shape, elementwise_affine, offset, dropout, device, dtype)
         self.eps = eps
         affine = elementwise_affine and bias
         self.bias = nn.Parameter(torch.zeros(self.width, device=device, dtype=dtype)) if affine else None
@@ -117,9 +119,9 @@ class ReGLU(_Activation):
 
 
 class GELU(_Activation):
-    """``x * Phi(x)``, Phi approximated with tanh or, with ``approximate="none"``, exact; ``bias``, if any, is N."""
+    """``x * Phi(x)``, Phi exact or, with ``approximate="tanh"``, approximated; ``bias``, if any, is N."""
 
-    def __init__(self, approximate: str = "tanh", bias: int | None = None):
+    def __init__(self, approximate: str = "none", bias: int | None = None):
         super().__init__(bias)
         self.approximate = approximate
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from fmcore.errors import InputError
+
 OPS: dict[str, "Op"] = {}
 
 _lib = torch.library.Library("fmcore", "DEF")
@@ -21,7 +23,7 @@ _lib = torch.library.Library("fmcore", "DEF")
 
 def _from_env(text: str) -> dict[str, str]:
     """What ``FMCORE_BODY`` says, as operator -> body."""
-    pairs = [pair.split("=") for pair in text.split(",") if pair]
+    pairs = [[word.strip() for word in pair.split("=")] for pair in text.split(",") if pair.strip()]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"FMCORE_BODY must read op=body,op=body (op may be *), got {text!r}")
     return dict(pairs)
@@ -36,6 +38,8 @@ class Op:
 
     def __init__(self, schema: str, fake: Callable[..., Any]):
         self.name = schema.partition("(")[0]
+        # What is asked for rms_norm is asked for its forward and its backward.
+        self._stem = self.name.removesuffix("_fwd").removesuffix("_bwd")
         # The file of kernels/ that defines it.
         self.module = fake.__module__
         self.bodies: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {}
@@ -67,7 +71,7 @@ class Op:
 
     def _choice(self) -> str | None:
         """The body that was asked for, by the operator's name or for all; ``None`` when none was."""
-        named = _forced.get(self.name)
+        named = _forced.get(self.name) or _forced.get(self._stem)
         if named and named != "eager" and named not in self.bodies:
             raise ValueError(f"fmcore::{self.name} has no body {named!r}, only {['eager', *self.bodies]}")
         everywhere = _forced.get("*")
@@ -108,6 +112,18 @@ def _told(value: Any) -> str:
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
         return f"{len(value)} tensors, the first {_told(value[0])}"
     return repr(value)
+
+
+def check_environment() -> None:
+    """``InputError`` when ``FMCORE_BODY`` names an operator or a body that there is not; call it when all are there."""
+    bodies = {"eager"}.union(*(op.bodies for op in OPS.values()))
+    for name, body in _from_env(os.environ.get("FMCORE_BODY", "")).items():
+        ops = [op for op in OPS.values() if name in ("*", op.name, op._stem)]
+        if not ops:
+            raise InputError(f"FMCORE_BODY: no operator {name!r}, only *, {', '.join(sorted(OPS))}")
+        known = bodies if name == "*" else {"eager"}.union(*(op.bodies for op in ops))
+        if body not in known:
+            raise InputError(f"FMCORE_BODY: {name} has no body {body!r}, only {', '.join(sorted(known))}")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Every public operator. The file of each one holds its mathematics, its kernels and its gradient."""
 
+from fmcore import op as _op
 from fmcore.kernels.activation import gelu as gelu
 from fmcore.kernels.activation import quick_gelu as quick_gelu
 from fmcore.kernels.activation import relu_squared as relu_squared
@@ -19,3 +20,5 @@ from fmcore.kernels.lion import lion_ as lion_
 from fmcore.kernels.muon import muon_ as muon_
 from fmcore.kernels.rms_norm import rms_norm as rms_norm
 from fmcore.kernels.rope import rope as rope
+
+_op.check_environment()

@@ -42,8 +42,7 @@ from fmcore.op import Op
 LOG2E = tl.constexpr(math.log2(math.e))
 
 Window = int | tuple[int | None, int | None] | None
-# Largest head size that the kernels take.
-WIDEST = 256
+WIDEST = 256  # largest head size that the kernels take
 
 
 # Reference: what the kernels below must equal.
@@ -751,8 +750,9 @@ def _dense(
 ) -> Tensor:
     """Rows of one length each, (B, Tq, H, D); a mask is formed only where PyTorch's own flags cannot say it."""
     Tq, Tk, grouped = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
-    causal = right == 0 and Tq == Tk
-    flags = kv_lens is None and not 0 <= left < Tk - 1 and (causal or not 0 <= right < Tq - 1)
+    # A scale that is not positive makes NaN of PyTorch's causal flag.
+    causal, plain = right == 0 and Tq == Tk, kv_lens is None and (scale is None or scale > 0)
+    flags = plain and not 0 <= left < Tk - 1 and (causal or not 0 <= right < Tq - 1)
     mask = None if flags else visible(q, k, left, right, kv_lens)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
     if mask is None:
@@ -770,7 +770,7 @@ def _plain(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if softcap is None and sinks is None and not return_lse and k.shape[1]:
         return _dense(q, k, v, left, right, scale, kv_lens), None
-    window = (None if left < 0 else left, None if right < 0 else right)
+    window = None if left < 0 else left, None if right < 0 else right
     return attention_ref(q, k, v, False, window, scale, softcap=softcap, sinks=sinks, kv_lens=kv_lens, return_lse=True)
 
 

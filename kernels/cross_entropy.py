@@ -412,8 +412,13 @@ def check_loss(
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if not 0 <= o.smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be from 0 to 1, got {o.smoothing}")
-    if o.softcap < 0:
-        raise ValueError(f"{op}: softcap must be positive or None, got {o.softcap}")
+
+
+def checked_cap(op: str, softcap: float | None) -> float:
+    """``softcap`` as ``Options`` hold it: 0 for none."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap must be positive or None, got {softcap}")
+    return softcap or 0.0
 
 
 def cross_entropy(
@@ -437,7 +442,7 @@ def cross_entropy(
     Raises ``ValueError`` on shapes, devices and options, ``TypeError`` on dtypes. A target outside [0, V) that is not
     ``ignore_index`` gives nan on a GPU, where asking would mean waiting, and is an error of PyTorch's elsewhere.
     """
-    o = Options(ignore_index, label_smoothing, softcap or 0.0, logit_scale, z_loss)
+    o = Options(ignore_index, label_smoothing, checked_cap("cross_entropy", softcap), logit_scale, z_loss)
     V = check.shape("cross_entropy", logits=(logits, "M V"), targets=(targets, "M"))["V"]
     check.dtype("cross_entropy", logits=logits)
     check.same("cross_entropy", logits=logits, bias=bias)

@@ -36,6 +36,7 @@ from fmcore.kernels.cross_entropy import (
     Options,
     Stats,
     check_loss,
+    checked_cap,
     gradient,
     losses_ref,
     reduced,
@@ -502,7 +503,7 @@ def linear_cross_entropy(
     ``ValueError`` for shapes, devices and options, ``TypeError`` for dtypes. A target outside [0, V) that is not
     ``ignore_index`` is an error of PyTorch's on a CPU and gives nan on a GPU.
     """
-    o = Options(ignore_index, label_smoothing, softcap or 0.0, logit_scale, z_loss)
+    o = Options(ignore_index, label_smoothing, checked_cap("linear_cross_entropy", softcap), logit_scale, z_loss)
     room, needs = _prepared("linear_cross_entropy", h, w, targets, bias, class_weights, o, workspace, reduction)
     if (fwd if reduction == "none" else total).eager(h):
         targets = targets.to(h.device)
@@ -532,7 +533,7 @@ def linear_logprob(
     any incoming gradient in h, w and bias. ``logit_scale`` is 1 / temperature. Other arguments and errors are those of
     ``linear_cross_entropy``, from the same code; on a GPU the logits are formed in fp32 here.
     """
-    o = Options(ignore_index, 0.0, softcap or 0.0, logit_scale)
+    o = Options(ignore_index, 0.0, checked_cap("linear_logprob", softcap), logit_scale)
     room, needs = _prepared("linear_logprob", h, w, targets, bias, None, o, workspace, "none")
     if fwd.eager(h):
         return linear_logprob_ref(

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fmcore import op as op_file
+from fmcore.errors import InputError
 from fmcore.op import Op, use
 
 double = Op("test_double(Tensor x) -> Tensor", fake=lambda x: torch.empty_like(x))
@@ -134,3 +135,26 @@ def test_a_body_runs_with_the_device_of_its_tensors_current(monkeypatch):
     with FakeTensorMode():
         assert [where._run(torch.empty(2, device=f"cuda:{i}")) for i in (0, 1, 3)] == [0, 1, 3]
     assert current == [0] and where._run(torch.empty(2)) == 0
+
+
+@pytest.mark.parametrize("text, message", [
+    ("rms_nrm_fwd=triton", "FMCORE_BODY: no operator 'rms_nrm_fwd', only \\*, adamw"),
+    ("rms_norm_fwd=tritn", "FMCORE_BODY: rms_norm_fwd has no body 'tritn', only cpu, eager, triton"),
+    ("*=tritn", "FMCORE_BODY: \\* has no body 'tritn'"),
+])  # fmt: skip
+def test_a_mistyped_environment_is_named(text, message, monkeypatch):
+    import fmcore.ops  # noqa: F401
+
+    monkeypatch.setenv("FMCORE_BODY", text)
+    with pytest.raises(InputError, match=message):
+        op_file.check_environment()
+
+
+def test_spaces_and_public_names_are_understood(monkeypatch):
+    from fmcore.kernels import rms_norm
+
+    monkeypatch.setenv("FMCORE_BODY", " rms_norm = eager , *=eager")
+    op_file.check_environment()
+    op_file._forced.update(op_file._from_env(" rms_norm = eager "))
+    x = torch.empty(1024, 1024)
+    assert rms_norm.fwd._choice() == rms_norm.bwd._choice() == "eager" and rms_norm.fwd.eager(x)

@@ -307,3 +307,9 @@ def test_rows_that_lie_far_apart(deterministic):
         o = attention(q, k, v, deterministic=deterministic)
         torch.autograd.grad(o, (q, k, v), do)
     assert launches and all(launch.phantom for launch in launches)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_a_scale_that_is_not_positive(scale):
+    q, k, v = made(2, 5, 5, 2, 1, 4, 4)
+    same(attention(q, k, v, scale=scale), attention_ref(q, k, v, scale=scale), (q, k, v))

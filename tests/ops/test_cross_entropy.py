@@ -151,3 +151,9 @@ def test_errors_name_the_argument(change, error, message):
     args |= change
     with pytest.raises(error, match=message):
         cross_entropy(args.pop("logits"), args.pop("targets"), **args)
+
+
+@pytest.mark.parametrize("softcap", [0.0, -1.0])
+def test_a_softcap_must_be_positive(softcap):
+    with pytest.raises(ValueError, match="cross_entropy: softcap must be positive or None, got"):
+        cross_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), softcap=softcap)

@@ -85,6 +85,21 @@ def test_gradients_in_fp64_are_taken_in_fp32():
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_one_list_of_two_dtypes_is_two_lists():
+    """The numbers of a step come in the widest dtype of the list; each tensor is computed in its own."""
+
+    def step(dtypes: list[torch.dtype]) -> list[Tensor]:
+        params, moments, grads = ([torch.linspace(-1, 1, 1025, dtype=d) for d in dtypes] for _ in range(3))
+        grads = [g.roll(7) for g in grads]
+        with use("triton"), reachable():
+            lion_(params, grads, moments, [torch.zeros(()) for _ in params], LionOptions(0.1, 0.9, 0.99))
+        return [*params, *moments]
+
+    p32, p64, m32, m64 = step([F32, F64])
+    for together, alone in zip((p32, m32, p64, m64), step([F32]) + step([F64]), strict=True):
+        assert torch.equal(together, alone)
+
+
 def test_a_gradient_of_zero_has_no_direction():
     for body in ("eager", "triton"):
         p, m = torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)

@@ -267,7 +267,7 @@ def test_modules_with_residual_offset_and_dropout(name):
 
 
 def test_module_options():
-    with pytest.raises(ValueError, match=r"LayerNorm: width must be one number, got \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"LayerNorm: normalized_shape must be one size, got \(2, 8\)"):
         nn.LayerNorm((2, 8))
     assert nn.LayerNorm(8, bias=False).bias is None
     assert nn.RMSNorm([8], dtype=torch.bfloat16).weight.dtype == torch.bfloat16
