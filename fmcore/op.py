@@ -38,8 +38,6 @@ class Op:
 
     def __init__(self, schema: str, fake: Callable[..., Any]):
         self.name = schema.partition("(")[0]
-        # What is asked for rms_norm is asked for its forward and its backward.
-        self._stem = self.name.removesuffix("_fwd").removesuffix("_bwd")
         # The file of kernels/ that defines it.
         self.module = fake.__module__
         self.bodies: dict[str, tuple[Callable[..., Any], Callable[..., bool]]] = {}
@@ -68,6 +66,11 @@ class Op:
         if forced is not None or _first(args).is_cuda:
             return forced == "eager"
         return "cpu" not in self.bodies or not self.bodies["cpu"][1](*args)
+
+    @property
+    def _stem(self) -> str:
+        """The name without its direction: what is asked for rms_norm is asked for its forward and its backward."""
+        return self.name.removesuffix("_fwd").removesuffix("_bwd")
 
     def _choice(self) -> str | None:
         """The body that was asked for, by the operator's name or for all; ``None`` when none was."""

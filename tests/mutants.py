@@ -184,7 +184,7 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ("adamw.py", "a condition negated", "if TAIL:", "TAIL"): (
         "code 0 is the smallest, so places beyond the end never hold the absmax of a block"
     ),
-    ("adamw.py", "a conversion dropped", "put(p_ptr, i, p.to(P)", ""): "the store converts",
+    ("adamw.py", "a conversion dropped", "put(p_ptr, i, p.to(P)", ""): "a store converts to what its pointer points to",
     ("multi_tensor.py", "a condition negated", "if ALIGNED:", ""): (
         "a hint to the compiler of a GPU, which the widths of loads in tests/resources.json show"
     ),
