@@ -167,7 +167,8 @@ def cross_entropy_fwd_kernel(
     bias_t = tl.zeros((ROWS,), ACC)
     if bias_ptr is not None:
         bias_t = tl.load(bias_ptr + t, mask=valid, other=0.0).to(ACC)
-    z_t, _ = capped(z_t, bias_t, scale, softcap, SOFTCAP, ACC)
+    # Not an underscore, twice: Triton takes it for one variable, of two shapes.
+    z_t, slope_t = capped(z_t, bias_t, scale, softcap, SOFTCAP, ACC)
 
     infinity: tl.constexpr = float("inf")
     top = tl.full((ROWS,), -infinity, ACC)
@@ -181,7 +182,7 @@ def cross_entropy_fwd_kernel(
         cols = start + tl.arange(0, BLOCK_V)
         mask = kept[:, None] & (cols < V)[None, :]
         x = load_tile(x_ptr, rows, cols, stride_xm, mask, ACC)  # (ROWS, BLOCK_V)
-        z, _ = capped(x, load_columns(bias_ptr, cols, V, 0.0, ACC), scale, softcap, SOFTCAP, ACC)
+        z, slope = capped(x, load_columns(bias_ptr, cols, V, 0.0, ACC), scale, softcap, SOFTCAP, ACC)
         if SMOOTH:
             offs += tl.where(mask, load_columns(weights_ptr, cols, V, 1.0, ACC) * (z - z_t[:, None]), 0.0)
         z = tl.where(mask, z, -infinity)
