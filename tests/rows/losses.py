@@ -127,7 +127,7 @@ CASES = {
         constants=(2, 4),
         bugs=(
             Bug("self.db += db", "self.db = db", "exact", (37, 16, 65)),
-            Bug("smoothing, softcap or 0.0", "smoothing, 0.0", "exact", (5, 7, 11)),
+            Bug('smoothing, checked_cap("linear_cross_entropy", softcap)', "smoothing, 0.0", "exact", (5, 7, 11)),
         ),
     ),
     "linear_cross_entropy-frozen": replace(
