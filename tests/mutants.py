@@ -38,7 +38,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("kernels", "csrc", "fmcore", "tests", "pyproject.toml")
+COPIED = ("kernels", "csrc", "fmcore", "benchmarks", "tests", "pyproject.toml")
 SHARED = ("blocks.py", "launch.py")
 # Of all mutants that count, this share must be killed.
 LEAST = 0.95
